@@ -117,7 +117,7 @@ def measured(runs: list[Path], images: Path, seed: int, folder: Path) -> list[di
 
 def duplicates(settings: CurateSettings) -> list[dict[str, Any]]:
     """The pairs in duplicates.csv, by column."""
-    head, lines = curate(settings).tables["duplicates"]
+    head, lines, _ = curate(settings).tables["duplicates"]
     return [dict(zip(head, line)) for line in lines]
 
 

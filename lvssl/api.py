@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -43,7 +43,7 @@ from lvssl.models.network import LVNet
 from lvssl.runs.hub import PREFIX, local_folder
 from lvssl.runs.labels import readable
 from lvssl.runs.run import Run, load_encoder
-from lvssl.settings.fields import all_settings, from_dict
+from lvssl.settings.fields import all_settings, from_dict, replaced
 from lvssl.settings.pretrain import PretrainSettings, choice
 from lvssl.settings.pretrain import preset as named
 from lvssl.training.pretrain import pretrain as train
@@ -352,15 +352,13 @@ def preset(name: str = "", **options: Any) -> PretrainSettings:
     ('tiny', 1, 128)
     """
     settings = named(name) if name else PretrainSettings()
-    known = {setting.option: setting for setting in all_settings(settings)}
+    groups = {setting.option: setting.name.rpartition(".")[0] for setting in all_settings(settings)}
+    values = {}
     for option, value in options.items():
-        choice("option", option, tuple(known))
-        group, _, field = known[option].name.rpartition(".")
-        holder: Any = getattr(settings, group) if group else settings
-        made = from_dict(type(holder), {field: as_json(value)}, "preset")
-        holder = replace(holder, **{field: getattr(made, field)})
-        settings = replace(settings, **{group: holder}) if group else holder
-    return settings
+        choice("option", option, tuple(groups))
+        kind = type(getattr(settings, groups[option]) if groups[option] else settings)
+        values[option] = getattr(from_dict(kind, {option: as_json(value)}, "preset"), option)
+    return replaced(settings, values)
 
 
 def as_json(value: Any) -> Any:

@@ -166,10 +166,8 @@ def hubconf(run: Run) -> str:
     """Return a module for torch.hub; ResNets need torchvision, timm's models timm, small ones lvssl."""
     model, view = run.settings.model, run.settings.view
     if model.backbone in RESNETS:
-        needs, lines = (
-            "torchvision",
-            [f"net = torchvision.models.{model.backbone}()", "net.fc = nn.Identity()"],
-        )
+        needs = "torchvision"
+        lines = [f"net = torchvision.models.{model.backbone}()", "net.fc = nn.Identity()"]
         if not has_torchvisions_stem(run):
             lines += ["net.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)", "net.maxpool = nn.Identity()"]
     elif is_timms(run):

@@ -29,11 +29,7 @@ from lvssl.models.device import pick_device
 from lvssl.models.network import LVNet
 from lvssl.models.utilisation import PEAK_FLOPS, operations, worth_compiling
 from lvssl.settings.fields import flag
-from lvssl.settings.pretrain import (
-    LatentSettings,
-    ModelSettings,
-    PretrainSettings,
-)
+from lvssl.settings.pretrain import LatentSettings, ModelSettings, PretrainSettings
 from lvssl.settings.start import PlanSettings, of_pretraining
 from pipelines.errors import InputError
 

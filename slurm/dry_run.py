@@ -67,12 +67,8 @@ def graph(works: Sequence[Work]) -> list[str]:
         stage = work.stage
         after = f" after {', '.join(stage.after)}" if stage.after else ""
         size = f"{stage.cluster.nodes} node{'s' * (stage.cluster.nodes > 1)} x {stage.cluster.ranks_per_node}"
-        todo = (
-            f"{len(work.tasks)} of {len(stage.tasks)} tasks, {size}, at most {stage.cluster.time}"
-            if work.tasks
-            else work.why
-        )
-        lines.append(f"{stage.name:10}{after or ' at once'}: {todo}")
+        todo = f"{len(work.tasks)} of {len(stage.tasks)} tasks, {size}, at most {stage.cluster.time}"
+        lines.append(f"{stage.name:10}{after or ' at once'}: {todo if work.tasks else work.why}")
     return lines
 
 

@@ -134,14 +134,8 @@ class Job:
         for left_by_a_killed_start in mark.parent.glob(f"{mark.name}-*"):
             left_by_a_killed_start.unlink()
         host, port = scheduler.meeting_point(record.restarts + record.crashes)
-        srun = [
-            "srun",
-            "--unbuffered",
-            "--kill-on-bad-exit=1",
-            f"--nodes={cluster.nodes}",
-            f"--ntasks={ranks}",
-        ]
-        srun += [f"--ntasks-per-node={per_node}"]
+        srun = ["srun", "--unbuffered", "--kill-on-bad-exit=1", f"--nodes={cluster.nodes}"]
+        srun += [f"--ntasks={ranks}", f"--ntasks-per-node={per_node}"]
         srun += [f"--cpus-per-task={cluster.cpus}"] if cluster.cpus else []  # srun doesn't inherit sbatch's
         rank = [sys.executable, "-m", "slurm.rank", str(mark), host, str(port)]
         status = subprocess.Popen([*srun, *rank, *command], cwd=self.code, stderr=errors).wait()

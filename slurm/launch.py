@@ -163,7 +163,7 @@ def submit(
     made = executor(pipeline, stage, code, after)
     calls = calls_of(pipeline.out, work, code)
     with own_environment():
-        done = made.map_array(_call, calls) if len(calls) > 1 else [made.submit(calls[0])]
+        done = made.map_array(Job.__call__, calls) if len(calls) > 1 else [made.submit(calls[0])]
     jobs.update((task.key, noted(task, job, "slurm")) for task, job in zip(work.tasks, done))
     return [job.job_id for job in done]
 
@@ -176,10 +176,6 @@ def noted(task: Task, job: submitit.Job, cluster: str) -> dict[str, str]:
 def calls_of(out: Path, work: Work, code: Path) -> list[Job]:
     siblings = work.stage.tasks if work.stage.swept else ()
     return [Job(out, task, work.stage.cluster, code, siblings) for task in work.tasks]
-
-
-def _call(job: Job) -> None:
-    job()
 
 
 @contextlib.contextmanager
@@ -215,11 +211,8 @@ def in_words(work: Work, new: list[str]) -> str:
         return f"in progress as job {', '.join(work.under_way)}" if work.under_way else work.why
     first = new[0].split("_")[0]
     text = f"job {first}" + (f", an array of {len(new)}" if len(new) > 1 else "")
-    return text + (
-        f" ({len(work.stage.tasks) - len(new)} tasks are done or in progress)"
-        if len(new) < len(work.stage.tasks)
-        else ""
-    )
+    others = len(work.stage.tasks) - len(new)
+    return text + (f" ({others} tasks are done or in progress)" if others else "")
 
 
 def table_of(stage: Stage) -> str:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvssl.settings.fields import RUNTIME, WRONG, typed
+from lvssl.settings.fields import RUNTIME, WRONG, flat_hints, replaced, typed
 from pipelines.convert.store import Settings as Conversion
 from pipelines.datasets.parts import is_by_name, parts_of
 from pipelines.errors import InputError
-from slurm.values import fields_of, flat_hints, is_path, replaced, words
+from slurm.values import fields_of, is_path, words
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,9 +55,8 @@ class ClusterSettings:
     # Words before each process's command, such as ("apptainer", "exec", "--nv", "lvssl.sif"); python3 is then
     # the container's.
     container: tuple[str, ...] = ()
-    options: Mapping[str, str | int | bool] = field(
-        default_factory=dict
-    )  # further options of sbatch, by their long names
+    # Further options of sbatch, by their long names.
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)
     warning: int = 120  # seconds before the time limit at which the job is told to save and requeue
     concurrency: int = 8  # tasks of one stage at the same time
     crashes: int = 3  # restarts after crashes; preemptions and time limits don't count
@@ -122,7 +121,7 @@ class StageTable:
     """The table of one stage."""
 
     cluster: ClusterSettings
-    points: tuple["Point", ...] = ()  # one point, or those of a sweep
+    points: tuple[Point, ...] = ()  # one point, or those of a sweep
     swept: bool = False
 
 

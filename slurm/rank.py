@@ -38,11 +38,8 @@ def main(arguments: list[str]) -> int:
         Path(f"{mark}-{rank}").write_text("saved" if status == STOPPED else "not saved")
         return 0
     if status:
-        print(
-            f"pipeline: rank {rank} on {socket.gethostname()} ended with status {status}",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"rank {rank} on {socket.gethostname()} ended with status {status}"
+        print(f"pipeline: {said}", file=sys.stderr, flush=True)
     return 128 - status if status < 0 else status
 
 

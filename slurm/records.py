@@ -61,12 +61,8 @@ def write_record(out: Path, task: Task, record: Record) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json_text(content, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    write_atomically(path, json_text(content, indent=1).encode())
 
 
 def stands(out: Path, task: Task) -> bool:

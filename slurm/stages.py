@@ -61,15 +61,8 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     point = table.points[0]
     key = digest("pretrain", point.settings, data["train"][1])
     run = pipeline.out / f"pretrain-{key[:8]}"
-    arguments = (
-        "pretrain",
-        "--data",
-        str(data["train"][0]),
-        "--out",
-        str(run),
-        *options({"preset": DEFAULTS} | point.given),
-        "--resume",
-    )
+    where = ("--data", str(data["train"][0]), "--out", str(run))
+    arguments = ("pretrain", *where, *options({"preset": DEFAULTS} | point.given), "--resume")
     pretrain = Task(
         "pretrain", key, "lvssl", arguments, (run / "checkpoints",), run=run, reads=data["train"][:1]
     )
@@ -78,14 +71,8 @@ def build_stages(pipeline: Pipeline) -> list[Stage]:
     stages += measured
     keys = [task.digest for stage in measured for task in stage.tasks]
     after = tuple(stage.name for stage in measured) or ("pretrain",)
-    page = Task(
-        "report",
-        digest("report", None, key, *keys),
-        "lvssl",
-        ("report", str(run)),
-        (run / "report.html",),
-        run=run,
-    )
+    shown = digest("report", None, key, *keys)
+    page = Task("report", shown, "lvssl", ("report", str(run)), (run / "report.html",), run=run)
     stages.append(Stage("report", after, (page,), pipeline.stages["report"].cluster))
     return stages
 
@@ -136,10 +123,8 @@ def result_of(name: str, run: Path, key: str, swept: bool, on: str) -> tuple[Pat
 def data_stages(pipeline: Pipeline) -> tuple[list[Stage], dict[str, tuple[Path, str]]]:
     """The stages that make the betons, and each beton with its digest."""
     if pipeline.data is not None:
-        return [], {
-            name: (path, identities(path))
-            for name, path in (("train", pipeline.data.train), ("test", pipeline.data.test))
-        }
+        sets = {"train": pipeline.data.train, "test": pipeline.data.test}
+        return [], {name: (path, identities(path)) for name, path in sets.items()}
     parts: list[Task] = []
     merges: list[Task] = []
     data, folder = {}, pipeline.file.parent
@@ -168,11 +153,7 @@ def part(name: str, source: ImageSource, beton: Path, folder: Path, key: str, k:
     out = beton.with_name(f"{beton.stem}.part-{k:03d}-of-{source.shards:03d}.beton")
     arguments = (*convert(source, beton, folder), "--shard", shard)
     return Task(
-        f"convert-{name}-{k:03d}",
-        digest("part", shard, key),
-        CONVERT,
-        arguments,
-        (out, Path(f"{out}.json")),
+        f"convert-{name}-{k:03d}", digest("part", shard, key), CONVERT, arguments, (out, Path(f"{out}.json"))
     )
 
 

@@ -39,11 +39,8 @@ def status(file: Path, starts: Starts) -> str:
     rows = [list(COLUMNS)]
     for stage in stages:
         each = by_stage[stage.name]
-        shown = (
-            each
-            if len(each) == 1 or stage.swept
-            else [summary(stage, each), *[s for s in each if s.state in FAILED]]
-        )
+        failed_ones = [s for s in each if s.state in FAILED]
+        shown = each if len(each) == 1 or stage.swept else [summary(stage, each), *failed_ones]
         rows += [row_of(pipeline, standing, stage.swept) for standing in shown]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -120,8 +117,7 @@ def standing(
         return made("not run", f"{broken} failed" if broken else "")
     if record is None:  # it never began: ended by Slurm, mostly because what it waited for failed
         return made(
-            "not run",
-            f"{broken} failed" if broken else accounts.get(number, state or "never started"),
+            "not run", f"{broken} failed" if broken else accounts.get(number, state or "never started")
         )
     cluster = job.get("cluster", record.cluster)
     if record.state == "running" and cluster != "slurm" and scheduler.alive(number, record.host, cluster):
@@ -150,23 +146,9 @@ def row_of(pipeline: Pipeline, each: Standing, swept: bool) -> list[str]:
     step, speed, left, metric = progress(pipeline, each) if each.task.name == "pretrain" else ("", "", "", "")
     if swept and each.task.label:
         metric = each.task.label
-    state = (
-        f"{each.state} ({each.reason})"
-        if each.reason and each.reason not in ("None", "Dependency")
-        else each.state
-    )
-    restarts = f"{each.restarts}" + (f", {each.crashes} crashes" if each.crashes else "")
-    return [
-        each.task.name,
-        state,
-        step,
-        speed,
-        left,
-        metric,
-        restarts if each.job else "",
-        each.job,
-        each.log,
-    ]
+    state = each.state + (f" ({each.reason})" if each.reason not in ("", "None", "Dependency") else "")
+    restarts = f"{each.restarts}" + (f", {each.crashes} crashes" if each.crashes else "") if each.job else ""
+    return [each.task.name, state, step, speed, left, metric, restarts, each.job, each.log]
 
 
 def progress(pipeline: Pipeline, each: Standing) -> tuple[str, str, str, str]:
@@ -197,11 +179,9 @@ def cancel(file: Path, starts: Starts) -> str:
         until = time.monotonic() + 60
         while live and time.monotonic() < until and still_there(live):
             time.sleep(0.5)
-    return (
-        f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}"
-        if live
-        else "no job of this pipeline is queued or running"
-    )
+    if not live:
+        return "no job of this pipeline is queued or running"
+    return f"cancelled: {', '.join(f'{mine[job]} ({job})' for job in reversed(live))}"
 
 
 def still_there(jobs: list[str]) -> bool:

@@ -1,11 +1,11 @@
 """The table of a sweep: all finished points, rewritten whenever a point ends."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slurm.records import write_text
+from pipelines.files import write_atomically
+from slurm.records import read_json
 from slurm.stages import Task
 
 
@@ -19,16 +19,13 @@ def write_table(out: Path, tasks: Sequence[Task]) -> Path:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "| --- " * len(rows[0]) + "|")
     path = out / f"{stage}-sweep.md"
-    write_text(path, "\n".join(lines) + "\n")
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
     return path
 
 
 def _figures(result: Path) -> dict[str, float]:
     """The numbers in a result, named by their path in it."""
-    try:
-        content = json.loads(result.read_text())
-    except (OSError, ValueError):
-        return {}
+    content = read_json(result)
     return dict(_numbers(content.get("results", content)))
 
 

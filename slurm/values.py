@@ -11,27 +11,6 @@ def fields_of(kind: type) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(kind))
 
 
-def flat_hints(kind: Any) -> dict[str, Any]:
-    """{name: type} of every setting, with nested groups flattened as on the command line."""
-    flat: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        flat.update(flat_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint})
-    return flat
-
-
-def replaced(settings: Any, flat: dict[str, Any]) -> Any:
-    """Replace settings by the values in `flat`, in whichever group has them."""
-    changes = {}
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if dataclasses.is_dataclass(value):
-            changes[f.name] = replaced(value, flat)
-        elif f.name in flat:
-            given = flat[f.name]
-            changes[f.name] = tuple(given) if isinstance(given, list) else given
-    return dataclasses.replace(settings, **changes)
-
-
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if union else (hint,)

@@ -64,19 +64,14 @@ def executor(pipeline: Pipeline, stage: Stage, code: Path, after: list[str]) -> 
         options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"}
     if cluster.memory:
         options["mem"] = cluster.memory.removesuffix("B")
-    named = {
-        name: value
-        for name in ("partition", "account", "qos", "constraint")
-        if (value := getattr(cluster, name))
-    }
+    wanted = {name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint")}
+    wanted |= {"cpus_per_task": cluster.cpus, "gpus_per_node": cluster.gpus}
     made.update_parameters(
         job_name=f"{pipeline.name}-{stage.name}",
         time=cluster.minutes,
         nodes=cluster.nodes,
         ntasks_per_node=cluster.ranks_per_node,
-        **({"cpus_per_task": cluster.cpus} if cluster.cpus else {}),
-        **({"gpus_per_node": cluster.gpus} if cluster.gpus else {}),
-        **named,
+        **{name: value for name, value in wanted.items() if value},
         setup=setup_lines(cluster, code),
         signal_delay_s=cluster.warning,
         stderr_to_stdout=True,

@@ -236,7 +236,7 @@ def tuned(setup: Setup, run: Any, share: float) -> float:
     torch.backends.cudnn.benchmark = True
     model = Classifier(copy.deepcopy(run.network), "features", labelled, frozen=False, seed=options["seed"])
     SupervisedTrainer(folder, model, labelled, view, recipe, device).run(Stop(), folder.name)
-    return score(*predict(model, test, view, device, loader_threads()))["top1"]
+    return score(*predict(model, test, view, loader_threads()))["top1"]
 
 
 def to_knn(setup: Setup) -> Iterator[Row]:

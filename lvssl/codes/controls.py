@@ -116,12 +116,12 @@ def fit_pca(train: Any, bits: int, seed: int = 0) -> LinearHash:
     return LinearHash(h.mean(axis=0), principal_directions(h, bits))
 
 
-def fit_itq(train: Any, bits: int, seed: int = 0, iterations: int = 50) -> LinearHash:
+def fit_itq(train: Any, bits: int, seed: int = 0) -> LinearHash:
     """Iterative quantisation (Gong & Lazebnik 2011): signs of the principal components, rotated to be as near
     as possible to their own signs. Raises ValueError for more bits than features."""
     h = checked(train, bits, bits_a_number=1)
     directions = principal_directions(h, bits)
-    rotation = itq_rotation((h - h.mean(axis=0)) @ directions, seed, iterations)
+    rotation = itq_rotation((h - h.mean(axis=0)) @ directions, seed)
     return LinearHash(h.mean(axis=0), directions @ rotation)
 
 
@@ -178,7 +178,7 @@ def fit_pq(train: Any, bits: int, seed: int = 0) -> ProductCode:
     return ProductCode(quantiser)
 
 
-def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> ProductCode:
+def fit_opq(train: Any, bits: int, seed: int = 0) -> ProductCode:
     """Optimised product quantisation (Ge et al. 2013) of standardised features by faiss: a rotation, then 256
     words for each of bits / 8 parts.
 
@@ -198,7 +198,7 @@ def fit_opq(train: Any, bits: int, seed: int = 0, iterations: int = 20) -> Produ
     quantiser = faiss.ProductQuantizer(kept, parts, 8)
     quantiser.cp.seed, quantiser.cp.min_points_per_centroid = seed + 1, 1  # no warning below 39
     turn = faiss.OPQMatrix(width, parts, kept)
-    turn.pq, turn.niter, turn.max_train_points = quantiser, iterations, 20_000
+    turn.pq, turn.niter, turn.max_train_points = quantiser, 20, 20_000
     x = np.ascontiguousarray(x)
     with by_matrix_products():
         turn.train(x)

@@ -33,12 +33,7 @@ class Index:
     until something is added or deleted. Without a quantiser, Hamming distance alone compares codes.
     """
 
-    def __init__(
-        self,
-        rows: Any = None,
-        ids: Sequence[Any] = (),
-        quantiser: Quantiser | None = None,
-    ) -> None:
+    def __init__(self, rows: Any = None, ids: Sequence[Any] = (), quantiser: Quantiser | None = None) -> None:
         self.quantiser, self.ids = quantiser, ids
         if rows is None:
             rows = np.empty((0, packed_bytes(quantiser.bits) if quantiser else 0), np.uint8)

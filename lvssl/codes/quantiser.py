@@ -114,26 +114,26 @@ def sides(x: np.ndarray) -> np.ndarray:
     return np.stack(means, axis=1).astype(np.float32)[:, :, None]
 
 
-def fit_bits(train: Any, bits: int, seed: int = 0) -> Quantiser:
+def fit_bits(train: Any, bits: int) -> Quantiser:
     """Fit signs of the first `bits` numbers; for the locations of a latent, this is the run's own code."""
     h = checked(train, bits, bits_a_number=1)
     x, mean, scale = standardised(h)
     return Quantiser(mean, scale, np.empty((h.shape[1], 0), np.float32), sides(x[:, :bits]))
 
 
-def fit_projected(train: Any, bits: int, seed: int = 0, *, fit: Callable[..., Any]) -> Quantiser:
+def fit_projected(train: Any, bits: int, fit: Callable[..., Any]) -> Quantiser:
     """Fit signs of the numbers after the projection that `fit`, a function of `controls`, finds."""
     h = checked(train, bits, bits_a_number=1)
     x, mean, scale = standardised(h)
-    directions = fit(x, bits, seed).directions
+    directions = fit(x, bits).directions
     return Quantiser(mean, scale, directions.astype(np.float32), sides(x @ directions))
 
 
-def fit_opq(train: Any, bits: int, seed: int = 0) -> Quantiser:
+def fit_opq(train: Any, bits: int) -> Quantiser:
     """Fit optimised product quantisation by `controls.fit_opq`, and raise its errors."""
     import faiss
 
-    found = controls.fit_opq(train, bits, seed)
+    found = controls.fit_opq(train, bits)
     assert found.rotation is not None
     words = faiss.vector_to_array(found.quantiser.centroids).reshape(bits // 8, 256, -1)
     return Quantiser(np.asarray(found.mean), np.asarray(found.scale), found.rotation, words)

@@ -63,7 +63,7 @@ def staged_search(
         return hamming_search(queries, database, k, threads=threads)
     asked = max(k, candidates or max(50 * k, len(database) // 1000))
     keys = nearest_keys(queries, database, min(asked, len(database)), coarse_bytes, threads)
-    rows = np.sort(keys & ((1 << ROW_BITS) - 1), axis=1)
+    rows = np.sort(split(keys)[0], axis=1)
     query_words, exact = words(queries), np.empty_like(rows)
 
     def compare(part: slice) -> None:

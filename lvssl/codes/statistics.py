@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines.kernels.pack import as_array, pack_bits
 
+CHUNK = 4096  # images at a time
 DEAD_BELOW = 0.01  # a bit that is on, or off, for a smaller share of the images says next to nothing
 
 
@@ -50,12 +51,12 @@ def binary_entropy(p: np.ndarray) -> np.ndarray:
     return np.where(inside, -q * np.log2(q) - (1 - q) * np.log2(1 - q), 0.0)
 
 
-def information_bound(probabilities: Any, chunk: int = 4096) -> float:
+def information_bound(probabilities: Any) -> float:
     """sum_d [H(mean_n p_nd) - mean_n H(p_nd)] in bits, for probabilities [N, D] in [0, 1]."""
     p_ND = as_array(probabilities)
     if not ((p_ND >= 0) & (p_ND <= 1)).all():
         raise ValueError("probabilities must lie in [0, 1]; apply the sigmoid to logits first")
-    noise = sum(binary_entropy(p_ND[i : i + chunk]).sum() for i in range(0, len(p_ND), chunk)) / len(p_ND)
+    noise = sum(binary_entropy(p_ND[i : i + CHUNK]).sum() for i in range(0, len(p_ND), CHUNK)) / len(p_ND)
     return float(binary_entropy(p_ND.mean(axis=0, dtype=np.float64)).sum() - noise)
 
 

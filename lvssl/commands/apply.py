@@ -63,13 +63,13 @@ def curate(arguments: list[str]) -> None:
     from pipelines.datasets.recognise import set_name
 
     found = run(settings)
-    for name, (_, lines) in found.tables.items():
-        print(f"{found.out / name}.csv: {len(lines):,} row{'s' * (len(lines) != 1)}")
+    for name, table in found.tables.items():
+        print(f"{found.out / name}.csv: {len(table.lines):,} row{'s' * (len(table.lines) != 1)}")
     if found.run is None:
         return
     data = settings.train or found.run.settings.data
     title = f"{set_name(str(data.resolve())) or data.name}, curated with {settings.run.resolve().name}"
-    print(write_curation(found.out / "curate.html", title, found.tables, found.shown, found.picture))
+    print(write_curation(found.out / "curate.html", title, found.tables, found.picture))
 
 
 def export(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Collection, Iterator
 from itertools import pairwise, takewhile
 from types import MappingProxyType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 
 def parse(
@@ -20,10 +20,10 @@ def parse(
     """Parse command-line arguments into a dataclass of settings. Raises InputError for infinity and NaN."""
     import tyro
 
-    from lvssl.settings.fields import require_finite
+    from lvssl.settings.fields import flag, flat_hints, require_finite
     from pipelines.datasets.parts import unquoted
 
-    known = dict(options_of(kind))
+    known = {flag(name): of for name, of in flat_hints(kind).items()}
     refuse_empty(arguments, {option for option, of in known.items() if str in (of, *get_args(of))})
     start = {} if default is None else {"default": default}
     if asks_for_help(arguments):
@@ -62,17 +62,6 @@ def refuse_empty(arguments: list[str], texts: Collection[str]) -> None:
         if option not in texts:
             name = option if option.startswith("--") else "an argument"
             raise InputError(f"{name} {IS_EMPTY}")
-
-
-def options_of(kind: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every option, also of settings in groups, with its type."""
-    from lvssl.settings.fields import flag
-
-    for name, of_field in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(of_field):
-            yield from options_of(of_field)
-        else:
-            yield flag(name), of_field
 
 
 def refuse_unknown(arguments: list[str], known: dict[str, Any], command: str) -> None:

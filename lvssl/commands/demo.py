@@ -109,11 +109,7 @@ def convert_split(settings: DemoSettings, name: str, split: str, out: Path) -> P
         source,
         out,
         ConvertSettings(subset=subset),
-        options=ConvertOptions(
-            split=split,
-            root=settings.out / "downloads",
-            progress=True,
-        ),
+        options=ConvertOptions(split=split, root=settings.out / "downloads", progress=True),
     )
     return out
 

@@ -96,10 +96,7 @@ def check() -> list[Check]:
             "g++",
         ),
         lambda: check_optional(
-            "triton",
-            "triton",
-            "the CPU and plain torch versions of every kernel work",
-            pip_install("triton"),
+            "triton", "triton", "the CPU and plain torch versions of every kernel work", pip_install("triton")
         ),
         check_dali,
         lambda: check_optional(
@@ -284,11 +281,7 @@ def check_dali() -> Check:
     cuda = getattr(getattr(torch, "version", None), "cuda", None) or "13"
     extra = f"dali-cu{cuda.split('.')[0]}0"
     return Check(
-        "DALI",
-        ABSENT,
-        failure,
-        "everything works except --source dali",
-        pip_install(f"lvssl[{extra}]"),
+        "DALI", ABSENT, failure, "everything works except --source dali", pip_install(f"lvssl[{extra}]")
     )
 
 
@@ -337,13 +330,8 @@ def check_disk() -> Check:
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free at {folder}"
     if free < 5:
-        return Check(
-            "disk",
-            LOW,
-            found,
-            "the demo needs under 1 GiB, ImageNet as .beton 20 to 140",
-            f"du -xhd1 {folder}",
-        )
+        without = "the demo needs under 1 GiB, ImageNet as .beton 20 to 140"
+        return Check("disk", LOW, found, without, f"du -xhd1 {folder}")
     return Check("disk", OK, found)
 
 
@@ -352,13 +340,7 @@ def check_shared_memory() -> Check:
     try:
         size = shutil.disk_usage("/dev/shm").total / GIB
     except OSError as error:
-        return Check(
-            "/dev/shm",
-            LOW,
-            str(error),
-            "processes can't share tensors",
-            "docker run --shm-size=8g",
-        )
+        return Check("/dev/shm", LOW, str(error), "processes can't share tensors", "docker run --shm-size=8g")
     if size < 1:
         without = "one process works; several on one machine may crash with a bus error"
         return Check("/dev/shm", LOW, f"{size:.2f} GiB", without, "docker run --shm-size=8g")
@@ -395,13 +377,8 @@ def check_cores() -> Check:
     threads += [torch.get_num_threads()] if torch else []
     if max(threads, default=1) > usable:
         without = "works, but more threads than cores are slower"
-        return Check(
-            "cores",
-            LOW,
-            found,
-            without,
-            " ".join(["export", *(f"{name}={usable}" for name in set_by or ["OMP_NUM_THREADS"])]),
-        )
+        command = " ".join(["export", *(f"{name}={usable}" for name in set_by or ["OMP_NUM_THREADS"])])
+        return Check("cores", LOW, found, without, command)
     return Check("cores", OK, found)
 
 

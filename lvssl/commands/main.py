@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C, 141 if
-    the reader of the output has closed it."""
+    the reader of the output has closed it, 143 if a training was asked to stop and has saved its state."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in COMMANDS:
@@ -83,6 +83,7 @@ def overview(arguments: list[str]) -> int:
 def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
     """A user's mistake is one line without a traceback; everything unexpected keeps its traceback."""
     from lvssl.codes.file import CodeFileError
+    from lvssl.training.stopping import Interrupted
     from pipelines.decode.reader import DamagedSample
     from pipelines.errors import InputError, hide_decoders_warnings
 
@@ -93,6 +94,9 @@ def guarded(command: Callable[[list[str]], int | None], arguments: list[str]) ->
         return fail(f"{error}; use --on-error skip to leave out such images")
     except (InputError, CodeFileError) as error:
         return fail(str(error))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 143
     except (FloatingPointError, MemoryError) as error:  # a run that diverged, or is too large
         return fail(str(error), 1)
 

@@ -1,7 +1,6 @@
 """Commands that measure a run, and the page that shows the results."""
 
 import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 from lvssl.commands.arguments import parse, preset_in
 
 
-def stage(kind: str, name: str) -> Callable[[list[str]], int]:
+def stage(kind: str, name: str) -> Callable[[list[str]], None]:
     """Return the command of a stage; `kind` names its settings class, and `name` is "module:function"."""
 
-    def run(arguments: list[str]) -> int:
+    def run(arguments: list[str]) -> None:
         from lvssl.settings import stages
 
         chosen = getattr(stages, kind)
@@ -25,18 +24,13 @@ def stage(kind: str, name: str) -> Callable[[list[str]], int]:
         from lvssl.evaluation.foreign import measure_embeddings
         from lvssl.evaluation.stage import show
         from lvssl.runs.embeddings import is_embeddings
-        from lvssl.training.stopping import Interrupted
 
         if not isinstance(settings, stages.FinetuneSettings) and is_embeddings(settings.run):
-            show(measure_embeddings(function, settings))
-            return 0
-        try:
-            done = getattr(importlib.import_module(module), function)(settings)
-        except Interrupted as stopped:
-            print(stopped, file=sys.stderr)
-            return 143
-        show(done)
-        return 0
+            show(function, *measure_embeddings(function, settings))
+            return
+        done = getattr(importlib.import_module(module), function)(settings)
+        if done.done is not None and done.world.first:
+            show(function, done.path, done.done)
 
     return run
 
@@ -157,21 +151,12 @@ def runs(arguments: list[str]) -> None:
     metrics = [chosen.best] if chosen.best else ["loss", RANK, ONLINE, "linear", "knn"]
     if chosen.best:
         found = ranked(found, chosen.best)
-    show_table(
-        [
-            ("run", "state", "step", *metrics, "disk"),
-            *(
-                (
-                    str(one.folder),
-                    one.state,
-                    f"{one.step:,}/{one.steps:,}" if one.steps else f"{one.step:,}",
-                    *(number_text(one.figures[name], 4) if name in one.figures else "" for name in metrics),
-                    size_text(one.size),
-                )
-                for one in found
-            ),
-        ]
-    )
+    rows = [("run", "state", "step", *metrics, "disk")]
+    for one in found:
+        step = f"{one.step:,}/{one.steps:,}" if one.steps else f"{one.step:,}"
+        values = [number_text(one.figures[name], 4) if name in one.figures else "" for name in metrics]
+        rows.append((str(one.folder), one.state, step, *values, size_text(one.size)))
+    show_table(rows)
 
 
 def show_table(rows: list[tuple[str, ...]]) -> None:

@@ -37,9 +37,7 @@ OF_LAYERS: dict[str, Any] = {"optimiser": "adamw", "lr": 5e-4, "weight_decay": 0
 WARMUP = 0.1  # share of the epochs in that recipe
 
 
-def suggest(
-    data: Path, source: str = "auto", device: str = "auto", backbone: str = "", epochs: int = 0
-) -> tuple[PretrainSettings, str]:
+def suggest(data: Path, source: str, device: str, backbone: str, epochs: int) -> tuple[PretrainSettings, str]:
     """Return settings to start from, and a description of what they were chosen for. `backbone` and `epochs`
     are those given by the user, if any.
 

@@ -5,8 +5,8 @@ Every figure is shown next to a control: the deterministic run's scores, its fea
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.measure import FEWEST, AnalyseSettings
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.errors import InputError
-from pipelines.files import write_atomically
+from pipelines.files import written_aside
 from pipelines.loader import Replacements, evaluation_crops
 
 BITS = "bits.npz"
@@ -93,7 +93,7 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
         rows += rows_of_points(name, model.settings.seed, points)
         if model is run:
             result["bits"], used, shown = bits(own, test_outputs, class_names(train))
-            write_atomically(written.file_beside(), pictures(own, run, sampling, used, shown))
+            write_pictures(written.file_beside(), own, run, sampling, used, shown)
         work.update()
     result = written.write(result)
     work.update()
@@ -107,8 +107,8 @@ def analyse(settings: AnalyseSettings) -> dict[str, Any]:
 def bits(
     sets: Sets, test: NetworkOutputs, names: list[str]
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, Any]]:
-    """Return the analysis of single bits against the classes; the test images that `pictures` shows of the
-    most informative ones; and what is told of these."""
+    """Return the analysis of single bits against the classes; the test images that `write_pictures` shows of
+    the most informative ones; and what is told of these."""
     labels, classes = sets.test_labels, np.unique(sets.test_labels)
     values = test.mean if test.mean.shape == test.bits.shape else test.bits
     information = mutual_information(test.bits, labels)
@@ -149,15 +149,16 @@ def bits(
     return summary, used, {"labels": labels[used], "class_names": np.array(names), "bits": shown} | places
 
 
-def pictures(sets: Sets, run: Run, sampling: Sampling, used: np.ndarray, shown: dict[str, Any]) -> bytes:
-    """Return bits.npz: for each bit, the test images where it is most confidently on, and off, as people are
+def write_pictures(
+    path: Path, sets: Sets, run: Run, sampling: Sampling, used: np.ndarray, shown: dict[str, Any]
+) -> None:
+    """Write bits.npz: for each bit, the test images where it is most confidently on, and off, as people are
     shown images (`picture_view`)."""
     source, rows = sets.sources[1], sets.test_rows[used]
     view = picture_view(run.settings.view, sides_of(source, rows))
     crops = evaluation_crops(source, view, rows, Replacements(source, run.on_error(sampling.on_error)))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=crops, **shown)
-    return buffer.getvalue()
+    with written_aside(path) as file:
+        np.savez_compressed(file, images=crops, **shown)
 
 
 # Known factors --------------------------------------------------------------------------------------------

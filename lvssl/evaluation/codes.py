@@ -7,15 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lvssl.codes.file import (
-    MAGIC,
-    MEANS,
-    UNCERTAINTY,
-    CodeFile,
-    open_codes,
-    open_uncertainty,
-    path_beside,
-)
+from lvssl.codes.file import MAGIC, MEANS, UNCERTAINTY, CodeFile, open_codes, open_uncertainty, path_beside
 from lvssl.codes.index import write_faiss
 from lvssl.evaluation.density import density_of
 from lvssl.evaluation.embedding_codes import EmbeddingEncoder
@@ -36,7 +28,6 @@ from lvssl.evaluation.encoder import (
     joined,
     queries_of,
     require_arithmetic,
-    width_of_means,
     write_coded,
 )
 from lvssl.evaluation.fitted import TrainingEmbeddings, TrainingImages
@@ -50,9 +41,10 @@ from lvssl.evaluation.quantisers import (
     require_faiss,
 )
 from lvssl.evaluation.sets import picture, picture_view
-from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
+from lvssl.runs.embeddings import is_embeddings, open_embeddings, require_same_width, training_file
 from lvssl.runs.run import Run, load_encoder
 from lvssl.settings.apply import EncodeSettings, SearchSettings
+from lvssl.settings.pretrain import at_least
 from pipelines.datasets.parts import files_of
 from pipelines.decode.pixels import decode_rgb
 from pipelines.errors import InputError
@@ -78,8 +70,7 @@ def encode(settings: EncodeSettings) -> Path:
         InputError: no such run or images, impossible settings, or a damaged image (named).
         CodeFileError: another process is writing the same file.
     """
-    if settings.workers < 0:
-        raise InputError(f"--workers must be at least 0, got {settings.workers}")
+    at_least(settings, workers=0)
     if settings.faiss:
         require_faiss("--faiss")
     if settings.csv and not settings.fit:
@@ -96,7 +87,7 @@ def encode(settings: EncodeSettings) -> Path:
     if encoder.density is None:  # the file that an earlier call left may be of other images
         path_beside(out, UNCERTAINTY.ending).unlink(missing_ok=True)
     codes = open_codes(out)
-    keep_quantiser(encoder.run if isinstance(encoder, Encoder) else encoder.known, codes, encoder.quantiser)
+    keep_quantiser(encoder.run, codes, encoder.quantiser)
     if settings.csv:
         write_uncertainties(settings.csv, codes)
     if settings.faiss:
@@ -113,11 +104,7 @@ def of_embeddings(settings: EncodeSettings, out: Path) -> EmbeddingEncoder:
     known = open_embeddings(settings.train or training_file(settings.run), labelled=False)
     asked = open_embeddings(settings.images, labelled=False)
     code = code_of_length(settings.bits, settings.code, known.features.shape[1], 0, len(known.features))
-    if asked.features.shape[1] != known.features.shape[1]:
-        widths = asked.features.shape[1], known.features.shape[1]
-        raise InputError(
-            f"{asked.path}: features have {widths[0]} dimensions, those of {known.path} {widths[1]}"
-        )
+    require_same_width(known, asked)
     train = TrainingEmbeddings(known)
     quantiser = quantiser_of(train, code, settings.bits)
     assert quantiser is not None
@@ -135,7 +122,7 @@ def of_images(settings: EncodeSettings, out: Path) -> Encoder:
     code = chosen_code(run, settings.bits, settings.code, asked)
     source, names = image_set(settings.images)
     encoder = fitted_encoder(settings, code, images)
-    means = width_of_means(run) if settings.means else 0
+    means = run.network.dim if settings.means else 0
     with code_writer(encoder, out, means, identity(encoder, settings.images, names, on_error)) as writer:
         first = writer.position
         if first:
@@ -206,8 +193,7 @@ def searcher_of(settings: SearchSettings) -> Searcher:
         InputError: no such run, k below 1, or an output in no folder.
         CodeFileError: no code file, a damaged one, one of another checkpoint or quantiser, or no means.
     """
-    if settings.k < 1:
-        raise InputError(f"--k must be at least 1, got {settings.k}")
+    at_least(settings, k=1)
     if settings.csv and settings.page:
         raise InputError("--csv and --page each write the neighbours to a file: pass one of them")
     if settings.images and not settings.page:
@@ -259,16 +245,14 @@ def pictured(
     """
     on_error = run.reading(settings)
     database = Pictures(run, settings.images or run.settings.data, on_error)
-    of_set = settings.query.suffix != ".lvcodes" and holds_many(settings.query)
-    asked = Pictures(run, settings.query, on_error) if of_set else database
+    many, coded = holds_many(settings.query), settings.query.suffix == ".lvcodes"
+    asked = Pictures(run, settings.query, on_error) if many and not coded else database
     for query, neighbours in found:
-        single = not of_set and settings.query.suffix != ".lvcodes"
-        keep = on_error == "keep"
-        if single:
-            pixels = decode_rgb(settings.query, keep=keep)
-            image = centre_crop(picture_view(run.settings.view, [min(pixels.shape[:2])]), pixels)
-        else:
+        if many:
             image = asked[query.name]
+        else:
+            pixels = decode_rgb(settings.query, keep=on_error == "keep")
+            image = centre_crop(picture_view(run.settings.view, [min(pixels.shape[:2])]), pixels)
         yield query.name, image, [(near.name, near.distance, database[near.name]) for near in neighbours]
 
 

@@ -18,7 +18,7 @@ from lvssl.latents import WITHOUT_LATENT
 from lvssl.models.inference import device_of
 from lvssl.runs.labels import sound_part
 from lvssl.runs.result import ResultFile, as_number
-from lvssl.runs.rows import Row, as_csv, by_point, rows_of
+from lvssl.runs.rows import Row, as_csv, by_point, rows_of_points
 from lvssl.runs.run import Run, load_run, run_names
 from lvssl.settings.measure import CompressionSettings
 from lvssl.settings.pretrain import at_least
@@ -97,9 +97,8 @@ def compression(settings: CompressionSettings) -> dict[str, Any]:
                 bar.update()
                 continue
             figures = accuracies(*point[3:], labels, point.bits, settings.top_n, device_of(other.network))
-            place = {"run": name, "seed": other.settings.seed, "bits": point.bits}
-            named = {"representation": point.representation, "method": point.method}
-            rows += rows_of(figures | smaller(point.bits), **place, **named)
+            measured = (*point[:3], figures | smaller(point.bits))
+            rows += rows_of_points(name, other.settings.seed, [measured])
             bar.update()
     bar.close()
     content = {

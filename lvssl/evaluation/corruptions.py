@@ -67,20 +67,15 @@ def crop(images: np.ndarray, level: int, generator: np.random.Generator) -> np.n
     side = images.shape[1]
     width = max(1, round(side * KEPT[level] ** 0.5))
     places = generator.integers(0, side - width + 1, (len(images), 2)).tolist()
-    return np.stack(
-        [
-            np.asarray(
-                Image.fromarray(image).resize(
-                    (side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + width)
-                )
-            )
-            for image, (top, left) in zip(images, places)
-        ]
-    )
+
+    def part(image: np.ndarray, top: int, left: int) -> np.ndarray:
+        box = (left, top, left + width, top + width)
+        return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box=box))
+
+    return np.stack([part(image, *place) for image, place in zip(images, places)])
 
 
-Corruption = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
-CORRUPTIONS: dict[str, Corruption] = {
+CORRUPTIONS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
     "blur": blur,
     "noise": noise,
     "jpeg": jpeg,

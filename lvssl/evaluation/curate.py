@@ -14,22 +14,15 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
 
-from lvssl.codes.file import (
-    THUMBNAILS,
-    CodeFileError,
-    open_codes,
-    open_means,
-    open_table,
-    open_uncertainty,
-)
+from lvssl.codes.file import THUMBNAILS, CodeFileError, open_codes, open_means, open_table, open_uncertainty
 from lvssl.codes.search import hamming_distances
 from lvssl.evaluation.density import density_of, fit_density
 from lvssl.evaluation.embedding import shrink
@@ -41,7 +34,7 @@ from lvssl.evaluation.encoder import (
     crops_of,
     every_image,
     identity,
-    names_of,
+    names_or_numbers,
     write_coded,
 )
 from lvssl.evaluation.fitted import SAMPLE, TrainingEmbeddings, TrainingImages
@@ -49,12 +42,12 @@ from lvssl.evaluation.neighbours import nearest_in_cells
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.evaluation.sets import picture
 from lvssl.models.inference import Batches, encode
-from lvssl.runs.embeddings import is_embeddings, open_embeddings, training_file
+from lvssl.runs.embeddings import is_embeddings, open_embeddings, require_same_width, training_file
 from lvssl.runs.identity import describe_set
 from lvssl.runs.labels import numbered_as, say_notes
 from lvssl.runs.run import Run, load_run
 from lvssl.settings.apply import CurateSettings
-from lvssl.settings.fields import flag
+from lvssl.settings.pretrain import at_least, require
 from pipelines.datasets.dataset import evenly_spaced
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
@@ -96,16 +89,23 @@ class Embedded:
         return [self.title, self.names[row], self.class_of(row)]
 
 
+class Table(NamedTuple):
+    """A table of findings, and the images that each of its lines is about."""
+
+    head: list[str]
+    lines: list[list[Any]]
+    shown: list[list[tuple[int, int]]]  # (set, row) of each image
+
+
 @dataclass(frozen=True)
 class Curation:
-    """The findings: tables (head and rows) by name and, for each row, the images that it is about."""
+    """The findings, by name."""
 
     out: Path
     run: Run | None  # None for embeddings
     sets: list[Embedded]
     on_error: str  # what to do with damaged images
-    tables: dict[str, tuple[list[str], list[list[Any]]]] = field(default_factory=dict)
-    shown: dict[str, list[list[tuple[int, int]]]] = field(default_factory=dict)  # (set, row)
+    tables: dict[str, Table]
 
     def picture(self, which: int, row: int) -> np.ndarray:
         """Return the part of an image that the network sees, uint8 [S, S, 3]; see `picture_view`."""
@@ -120,24 +120,20 @@ def curate(settings: CurateSettings) -> Curation:
 
     Raises InputError: no such run, images or embeddings, impossible settings, or a damaged image (named).
     """
-    if settings.cosine is not None and not 0 < settings.cosine <= 1:
-        raise InputError(f"--cosine must be in (0, 1], got {settings.cosine}")
-    for name in ("pixels", "crops"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise InputError(f"--{name} must be in [0, 1], got {getattr(settings, name)}")
+    require(settings.cosine is None or 0 < settings.cosine <= 1, "cosine", settings.cosine, "in (0, 1]")
+    require(0 <= settings.pixels <= 1, "pixels", settings.pixels, "in [0, 1]")
+    require(0 <= settings.crops <= 1, "crops", settings.crops, "in [0, 1]")
     if settings.crops and not settings.pixels:
         raise InputError("--crops compares pixels, which --pixels 0 leaves out: leave out one of them")
-    for name in ("top_n", "subset", "workers"):
-        if getattr(settings, name) < 0:
-            raise InputError(f"{flag(name)} must be at least 0, got {getattr(settings, name)}")
+    at_least(settings, top_n=0, subset=0, workers=0)
     given = settings.run
     foreign = is_embeddings(given)
     out = settings.out or (given.with_name(f"{given.stem}-curate") if given.is_file() else given / "curate")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder to make {out.name} in")
     run = None if foreign else load_run(given)
+    on_error = run.on_error(settings.on_error) if run else "raise"
     sets = of_embeddings(settings) if run is None else of_images(run, settings, out)
-    found = Curation(out, run, sets, run.on_error(settings.on_error) if run else "raise")
     z = standardisation(sets[0])
     agreement = None
     if settings.pixels and sets[0].thumbnails is not None:
@@ -167,18 +163,17 @@ def curate(settings: CurateSettings) -> Curation:
             one, other = (int(a[i]), int(b[i])) if s != t else sorted((int(a[i]), int(b[i])))
             likeness = None if agreed is None else float(agreed[i])
             pairs[s, one, t, other] = float(cosines[a[i], place[i]]), likeness
-    duplicates(found, pairs)
-    outliers(found, settings.top_n)
+    tables = {"duplicates": duplicates(sets, pairs), "outliers": outliers(sets, settings.top_n)}
     if len(np.unique(sets[0].labels)) > 1 and sets[0].labels.min() >= 0:
-        contradicted(found, *voters, settings.top_n)
+        tables["labels"] = contradicted(sets[0], *voters, settings.top_n)
     chosen = diverse(signs(sets[0], z), min(settings.subset, len(sets[0])))
-    table(found, "subset", ["name", "class"], [[(0, row)] for row in chosen],
-          [sets[0].about(row)[1:] for row in chosen])  # fmt: skip
+    about = [sets[0].about(row)[1:] for row in chosen]
+    tables["subset"] = Table(["name", "class"], about, [[(0, row)] for row in chosen])
     out.mkdir(exist_ok=True)
-    for name, (head, lines) in found.tables.items():
+    for name, table in tables.items():
         with written_csv(out / f"{name}.csv") as rows_of:
-            rows_of.writerows([head, *lines])
-    return found
+            rows_of.writerows([table.head, *table.lines])
+    return Curation(out, run, sets, on_error, tables)
 
 
 def of_images(run: Run, settings: CurateSettings, out: Path) -> list[Embedded]:
@@ -198,15 +193,10 @@ def of_images(run: Run, settings: CurateSettings, out: Path) -> list[Embedded]:
 
 def of_embeddings(settings: CurateSettings) -> list[Embedded]:
     """Return another model's embeddings, named by row number, with their labels if there are any."""
-    train = settings.train or training_file(settings.run)
-    found = {"train": open_embeddings(train, labelled=False)}
+    found = {"train": open_embeddings(settings.train or training_file(settings.run), labelled=False)}
     if settings.test:
         found["test"] = open_embeddings(settings.test, labelled=False)
-        widths = [one.features.shape[1] for one in found.values()]
-        if widths[0] != widths[1]:
-            raise InputError(
-                f"{settings.test}: features have {widths[1]} dimensions, those of {train} {widths[0]}"
-            )
+        require_same_width(*found.values())
     for one in found.values():
         if len(one.features) < 2:
             raise InputError(f"{one.path}: at least two embeddings are needed")
@@ -240,7 +230,7 @@ def embedded(
     encoder: Encoder, settings: CurateSettings, out: Path, title: str, path: Path, source: Reader
 ) -> Embedded:
     """Return the set's embedding from `out`, after writing it there if it doesn't exist yet."""
-    run, names, file = encoder.run, names_of(source, path), out / f"{title}.lvcodes"
+    run, names, file = encoder.run, names_or_numbers(source, path), out / f"{title}.lvcodes"
     on_error = run.on_error(settings.on_error)
     digest = describe_set(source, labelled=False)["digest"]  # corrected labels leave embeddings as they are
     of = f"{digest} {encoder.density and encoder.density.digest}"
@@ -413,42 +403,35 @@ def thumbnails(one: Embedded) -> np.ndarray:
     return one.thumbnails
 
 
-def table(
-    found: Curation, name: str, head: list[str], shown: list[list[tuple[int, int]]], lines: list[list[Any]]
-) -> None:
-    found.tables[name], found.shown[name] = (head, lines), shown
-
-
-def duplicates(found: Curation, pairs: dict[tuple[int, int, int, int], tuple[float, float | None]]) -> None:
+def duplicates(
+    sets: list[Embedded], pairs: dict[tuple[int, int, int, int], tuple[float, float | None]]
+) -> Table:
     """Make the table of duplicates. `pairs` maps (set, row, other set, other row) to (cosine of the features,
     agreement of the pixels)."""
     first_to_last = sorted(pairs.items(), key=lambda pair: (-(pair[1][1] or pair[1][0]), pair[0]))
     lines = [
-        [*found.sets[s].about(a), *found.sets[t].about(b), round(cosine, 5),
+        [*sets[s].about(a), *sets[t].about(b), round(cosine, 5),
          "" if agreed is None else round(agreed, 4)]
         for (s, a, t, b), (cosine, agreed) in first_to_last
     ]  # fmt: skip
     head = ["set", "name", "class", "other_set", "other_name", "other_class", "cosine", "pixels"]
-    table(found, "duplicates", head, [[(s, a), (t, b)] for (s, a, t, b), _ in first_to_last], lines)
+    return Table(head, lines, [[(s, a), (t, b)] for (s, a, t, b), _ in first_to_last])
 
 
-def outliers(found: Curation, count: int) -> None:
+def outliers(sets: list[Embedded], count: int) -> Table:
     every = [
         (float(one.uncertainty[row]), s, row)
-        for s, one in enumerate(found.sets)
+        for s, one in enumerate(sets)
         for row in largest(one.uncertainty, count)
     ]
     first = sorted(every, key=lambda one: -one[0])[:count]
-    lines = [[*found.sets[s].about(row), round(score, 4)] for score, s, row in first]
-    table(
-        found, "outliers", ["set", "name", "class", "uncertainty"], [[(s, row)] for _, s, row in first], lines
-    )
+    lines = [[*sets[s].about(row), round(score, 4)] for score, s, row in first]
+    return Table(["set", "name", "class", "uncertainty"], lines, [[(s, row)] for _, s, row in first])
 
 
-def contradicted(found: Curation, rows: np.ndarray, cosines: np.ndarray, count: int) -> None:
+def contradicted(one: Embedded, rows: np.ndarray, cosines: np.ndarray, count: int) -> Table:
     """Make the table of labels, ranked by how many more of the neighbours' votes, weighted by cosine, another
     class gets."""
-    one = found.sets[0]
     labels = one.labels
     own, best = np.empty(len(one), np.float32), np.empty(len(one), np.float32)
     other = np.empty(len(one), np.int64)
@@ -478,7 +461,7 @@ def contradicted(found: Curation, rows: np.ndarray, cosines: np.ndarray, count: 
         for row in first
     ]  # fmt: skip
     head = ["name", "class", "neighbours_class", "votes_for_class", "votes_for_neighbours_class"]
-    table(found, "labels", head, [[(0, row), *((0, int(n)) for n in rows[row, :5])] for row in first], lines)
+    return Table(head, lines, [[(0, row), *((0, int(n)) for n in rows[row, :5])] for row in first])
 
 
 def diverse(bits: np.ndarray, count: int) -> list[int]:

@@ -58,11 +58,7 @@ class Embedding:
 
 
 def embed(
-    network: LVNet,
-    source: Reader,
-    view: ViewSettings,
-    workers: int = 0,
-    on_error: str = "raise",
+    network: LVNet, source: Reader, view: ViewSettings, workers: int = 0, on_error: str = "raise"
 ) -> Embedding:
     """Embed every image of the source in order, in eval mode: an image gives the same row in any set.
     Everything is computed anew and held in memory; see `embedded`."""

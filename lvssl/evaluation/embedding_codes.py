@@ -25,7 +25,7 @@ CHUNK = 8192  # embeddings at a time
 class EmbeddingEncoder:
     """Quantiser and density fitted on embeddings, used to encode other embeddings of the same model."""
 
-    known: Embeddings
+    run: Embeddings  # those that quantiser and density are fitted on
     code: str
     quantiser: Quantiser
     density: Density
@@ -41,7 +41,7 @@ class EmbeddingEncoder:
             path,
             family="embeddings",
             bits=self.quantiser.bits,
-            checkpoint=self.known.digest,
+            checkpoint=self.run.digest,
             created_by="lvssl encode, embeddings",
             beside={UNCERTAINTY: 1},
             quantiser={"code": self.code, "sha256": self.quantiser.digest},
@@ -60,7 +60,7 @@ class EmbeddingEncoder:
                     if not (good := np.isfinite(scores)).all():
                         raise InputError(
                             f"{asked.path}: row {start + good.argmin()} is too far from the embeddings of "
-                            f"{self.known.path}, which the code is fitted on"
+                            f"{self.run.path}, which the code is fitted on"
                         )
                     writer.append(codes[first:], names, uncertainty=scores[first:])
                     bar.update(len(x) - first)

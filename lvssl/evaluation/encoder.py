@@ -30,16 +30,12 @@ from lvssl.codes.quantiser import Quantiser
 from lvssl.codes.search import rerank
 from lvssl.codes.writer import CodeWriter
 from lvssl.evaluation.density import Density, stored_density
-from lvssl.evaluation.quantisers import (
-    own_bits,
-    stored_quantiser,
-)
+from lvssl.evaluation.quantisers import stored_quantiser
 from lvssl.models import inference
 from lvssl.models.inference import Batches, in_batches
-from lvssl.runs.labels import readable, say_notes
+from lvssl.runs.labels import names_of, readable, say_notes
 from lvssl.runs.run import Run
 from lvssl.settings.fields import beyond_defaults
-from pipelines.datasets.beton import stored_names
 from pipelines.datasets.parts import files_of
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.decode.images import ImageReader
@@ -105,10 +101,10 @@ class Encoder:
     def coded(self, batches: Batches) -> Iterator[Coded]:
         run = self.run
         for part in inference.encode(run.network, batches, run.settings.view):
-            where = inference.locations(run.network, part).float().cpu().numpy()
-            values = np.empty((len(where), 0), np.float32)
+            values = np.empty((len(part.rows), 0), np.float32)
             if self.quantiser is not None:
-                values = where if self.code == "bits" else part.features.float().cpu().numpy()
+                of = inference.locations(run.network, part) if self.code == "bits" else part.features
+                values = of.float().cpu().numpy()
             if self.code == "bits" or self.quantiser is None:
                 codes = pack_bits(part.posterior.code()[:, : self.bits])
             else:
@@ -297,7 +293,7 @@ def image_set(path: Path) -> tuple[Reader, list[str]]:
         raise InputError(f"{path}: a single image; pass its folder, or use `search --query`")
     source = every_image(path) or open_reader(path)
     say_notes(source)
-    return source, names_of(source, path)
+    return source, names_or_numbers(source, path)
 
 
 def every_image(path: Path) -> Reader | None:
@@ -327,14 +323,9 @@ def say_left_out(reason: str) -> None:
     tqdm.write(f"warning: left out: {reason}", file=sys.stderr)
 
 
-def names_of(source: Reader, path: Path) -> list[str]:
-    """Return the names from the source or its manifest, otherwise the positions."""
-    if hasattr(source, "names"):
-        return list(source.names)
-    names = stored_names(path)
-    if names is not None and len(names) == len(source):
-        return names
-    return [str(i) for i in range(len(source))]
+def names_or_numbers(source: Reader, path: Path) -> list[str]:
+    """Return the names of a set's images, or else their positions."""
+    return names_of(source, path) or [str(i) for i in range(len(source))]
 
 
 def identity(encoder: Encoder, images: Path, names: list[str], on_error: str) -> str:
@@ -359,15 +350,3 @@ def centre_crop(view: ViewSettings, image: np.ndarray) -> np.ndarray:
     out = np.empty((view.resolution, view.resolution, 3), np.uint8)
     resize_crop(np.ascontiguousarray(image), box, out)
     return out
-
-
-def codes_of(run: Run, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (the run's own codes, packed, uint8 [N, bytes]; the posteriors' means, float32 [N, D]) of crops
-    uint8 [N, R, R, 3]."""
-    parts = list(Encoder(run, own_bits(run)).coded(in_batches(torch.from_numpy(crops))))
-    return np.concatenate([part.codes for part in parts]), np.concatenate([part.means for part in parts])
-
-
-def width_of_means(run: Run) -> int:
-    side = run.settings.view.resolution
-    return codes_of(run, np.zeros((1, side, side, 3), np.uint8))[1].shape[1]

@@ -1,6 +1,5 @@
 """Evaluate a run with linear probes and kNN, next to its control and to baselines that need no training."""
 
-import io
 import shutil
 import sys
 from collections.abc import Iterator
@@ -56,7 +55,7 @@ from pipelines.datasets.parts import files_of
 from pipelines.datasets.recognise import set_name
 from pipelines.decode import Reader
 from pipelines.errors import InputError
-from pipelines.files import naming, write_atomically
+from pipelines.files import naming, written_aside
 from pipelines.formats.manifest import content_of, manifest_path
 from pipelines.kernels.pack import unpack_bits
 from pipelines.loader import Replacements, evaluation_crops
@@ -109,7 +108,10 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     names, seed = run_names(runs), run.settings.seed
     points, wrong, _ = measure(*sets, run.network, [], settings.probe_epochs)
     points += [("code", "code", sets[1].bits, of_code(run, sets[1], test, on_error))]
-    points += [("uncertainty", "", None, uncertainty(sets[1], wrong))]
+    # Whether the posterior's scale tells where features and probe fail.
+    score = r_auroc(sets[1].features, sets[1].labels, sets[1].uncertainty)._asdict()
+    score["aurc"] = risk_coverage_area(wrong, sets[1].uncertainty)
+    points += [("uncertainty", "", None, score)]
     rows = rows_of_points(names[0], seed, points)
     stages.update()
     left_out: list[str] = []
@@ -289,16 +291,6 @@ def describe_data(run: Run, settings: EvaluateSettings, train: Reader, test: Rea
     }
 
 
-def uncertainty(test: Embedding, wrong: np.ndarray) -> dict[str, float]:
-    """Measure whether the posterior's scale tells where features and probe fail: scores in [0, 1]."""
-    score = r_auroc(test.features, test.labels, test.uncertainty)
-    return {
-        "r_auroc": score.r_auroc,
-        "recall_at_1": score.recall_at_1,
-        "aurc": risk_coverage_area(wrong, test.uncertainty),
-    }
-
-
 def manifest(data: Path) -> dict[str, Any]:
     """Return the manifest of a beton (of the first of several) or of tars; empty if there is none."""
     try:
@@ -350,9 +342,8 @@ def write_gallery(
         "least_certain": in_test(uncertain),
         "uncertainty": np.concatenate([test.uncertainty[from_test], train.uncertainty[from_train]]),
     }
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **content)  # type: ignore[arg-type]
-    write_atomically(path, buffer.getvalue())
+    with written_aside(path) as file:
+        np.savez_compressed(file, **content)  # type: ignore[arg-type]
 
 
 def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:

@@ -9,7 +9,6 @@ RUN/finetune-LABELS/stage.json       settings that the folder belongs to
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import shutil
@@ -18,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from lvssl.evaluation.score import score
-from lvssl.evaluation.stage import Stage, prepare
+from lvssl.evaluation.stage import Stage, fit, predictions, prepare
 from lvssl.runs.labels import LabelledDataset, labelled_rows, split
 from lvssl.runs.result import read_json
 from lvssl.settings.stages import FinetuneSettings
 from lvssl.training.distributed import connected, from_first
 from lvssl.training.stopping import Stop, stop_signals
-from lvssl.training.supervised import Classifier, Recipe, SupervisedTrainer, largest_batch, predict, scaled_lr
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
@@ -56,14 +53,6 @@ def finetune(settings: FinetuneSettings) -> Stage[FinetuneSettings]:
         return stage.finish((labelled, test), figures, chosen=chosen, trials=trials, **more)
 
 
-def predictions(
-    stage: Stage[FinetuneSettings], model: Classifier, data: LabelledDataset
-) -> tuple[Tensor, Tensor]:
-    """Return the result of `predict`."""
-    view, workers, title = stage.run.settings.view, stage.settings.workers, f"finetune: {data.path.name}"
-    return predict(model, data, view, stage.device, workers, stage.world, title, stage.engine)
-
-
 def folder_name(settings: FinetuneSettings) -> str:
     """Return finetune-0.1, finetune-latent-0.1 or, with a list and no --labels, the list's name."""
     share = settings.label_fraction
@@ -84,10 +73,8 @@ def sweep(
     fitted, held = split(labelled, stage.settings.validation_fraction, stage.settings.seed)
     if len(pairs) == 1 or not len(held) or not len(fitted):
         if len(pairs) > 1:
-            print(
-                f"too few labels to hold any out: using the middle one of {len(pairs)} settings",
-                file=sys.stderr,
-            )
+            said = f"too few labels to hold any out: using the middle one of {len(pairs)} settings"
+            print(said, file=sys.stderr)
         return [pairs[len(pairs) // 2] | {"held_out": None, "seconds": 0.0}]
     record = folder / "trials.json"
     trials: list[dict[str, Any]] = from_first(stage.world, lambda: read_trials(record))
@@ -151,28 +138,3 @@ def best(trials: list[dict[str, Any]]) -> dict[str, float]:
     if "diverged" in chosen:
         raise FloatingPointError(f"every trial diverged ({chosen['diverged']}); try smaller values of --lr")
     return {name: chosen[name] for name in ("lr", "weight_decay")}
-
-
-def fit(
-    stage: Stage[FinetuneSettings],
-    data: LabelledDataset,
-    pair: dict[str, float],
-    folder: Path,
-    stop: Stop,
-    title: str,
-) -> tuple[Classifier, SupervisedTrainer]:
-    """Train from the run's weights, or resume an interrupted training."""
-    settings = stage.settings
-    batch = largest_batch(settings.batch_size, len(data), stage.world.size)
-    recipe = Recipe(
-        settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
-        settings.checkpoint_minutes, settings.log_every, settings.workers, settings.min_steps, stage.engine,
-    )  # fmt: skip
-    model = Classifier(
-        copy.deepcopy(stage.run.network), settings.representation, data, frozen=False, seed=settings.seed
-    )
-    training = SupervisedTrainer(
-        folder, model, data, stage.run.settings.view, recipe, stage.device, stage.world
-    )
-    training.run(stop, title)
-    return model, training

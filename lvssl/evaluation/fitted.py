@@ -161,10 +161,8 @@ def keep(path: Path, arrays: dict[str, np.ndarray], run: Origin, about: dict[str
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, in_order(save(arrays, _texts(run, about) | origin)))
     except OSError as error:
-        print(
-            f"note: {path} could not be saved ({error.strerror}): the next call fits it again",
-            file=sys.stderr,
-        )
+        said = f"{path} could not be saved ({error.strerror}): the next call fits it again"
+        print(f"note: {said}", file=sys.stderr)
 
 
 def in_order(written: bytes) -> bytes:

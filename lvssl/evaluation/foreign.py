@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +13,19 @@ from torch import Tensor
 from lvssl.evaluation.embedding import LARGE_SET
 from lvssl.evaluation.knn import customary, weighted_votes
 from lvssl.evaluation.score import score
-from lvssl.evaluation.stage import Measured, note_without_effect, peak_memory_mib
+from lvssl.evaluation.stage import note_without_effect
 from lvssl.evaluation.streamed import probed
 from lvssl.models.device import claim, pick_device
 from lvssl.runs.embeddings import Embeddings, open_pair_of_embeddings
+from lvssl.runs.progress import peak_memory
 from lvssl.runs.result import ResultFile
 from lvssl.settings.stages import KnnSettings, LinearSettings
 from pipelines.errors import InputError
 
 
-def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> Measured:
-    """Measure embeddings and write NAME.json next to them, or to --out. A result that exists is returned.
+def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> tuple[Path, dict[str, Any]]:
+    """Measure embeddings and write NAME.json next to them, or to --out. Returns its path and content, also of
+    a result that exists.
 
     Raises InputError: impossible settings, no such embeddings, or a result for other settings exists there.
     """
@@ -37,7 +40,7 @@ def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> Mea
         path = path / "result.json"
     result = ResultFile(path, name, settings, f"{train.digest[:32]}{test.digest[:32]}")
     if (done := result.found()) is not None:
-        return Measured(name, path, done)
+        return path, done
     device, started = pick_device(settings.device), time.monotonic()
     claim(device)
     if settings.threads:
@@ -57,10 +60,10 @@ def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> Mea
         },
         **how,
         "seconds": round(time.monotonic() - started, 3),
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": round(peak_memory(device) / 2**20, 1),
         "device": str(device),
     }
-    return Measured(name, path, result.write(content))
+    return path, result.write(content)
 
 
 def by_knn(

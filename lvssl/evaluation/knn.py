@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lvssl.codes import hamming
-from lvssl.codes.search import chunks, in_threads, nearest_keys, slices, thread_count, words
+from lvssl.codes.search import chunks, in_threads, nearest_keys, slices, split, thread_count, words
 from lvssl.evaluation.embedding import LARGE_SET
 from lvssl.runs.progress import with_progress
 from pipelines.kernels.compiled import compiled
@@ -154,16 +154,9 @@ def nearest_on_cpu(train_x: Any, queries: Tensor, k: int) -> tuple[Tensor, Tenso
                 block = queries[start : start + BLOCK]
                 cosines = out.flatten()[: len(block) * len(tile)].view(len(block), len(tile))
                 torch.mm(block, tile.T, out=cosines)
+                buffers = [of[start : start + BLOCK] for of in (keys, held, limits)]
                 tasks = [
-                    pool.submit(
-                        take_nearest,
-                        cosines.numpy()[part],
-                        first,
-                        keys[start : start + BLOCK][part],
-                        held[start : start + BLOCK][part],
-                        limits[start : start + BLOCK][part],
-                        k,
-                    )
+                    pool.submit(take_nearest, cosines.numpy()[part], first, *(of[part] for of in buffers), k)
                     for part in slices(len(block), torch.get_num_threads())
                 ]
                 for task in tasks:
@@ -253,17 +246,14 @@ def hamming_votes(
     parts, votes = [test_codes[start : start + HAMMING_QUERIES] for start in starts], []
     for queries in with_progress(parts, title, len(test_codes), len):
         keys = nearest_keys(queries, train_codes, min(k + 1, len(train_codes)), queries.shape[1], 0)
-        distances, rows = (
-            keys >> hamming.ROW_BITS,
-            torch.from_numpy(keys[:, :k] & ((1 << hamming.ROW_BITS) - 1)),
-        )
+        rows, distances = split(keys)
         last, first = distances[:, k - 1], distances[:, :1]
         tied = np.flatnonzero(distances[:, -1] == last) if keys.shape[1] > k else np.zeros(0, np.int64)
         whole = weights[torch.from_numpy(distances[:, :k] - first).long()].double()
         nearer = torch.from_numpy(distances[:, :k] < last[:, None])
         untied = torch.ones(len(queries), 1, dtype=torch.bool)
         untied[torch.from_numpy(tied)] = False
-        sums = sums_of_votes(rows, whole * (nearer | untied), answers)
+        sums = sums_of_votes(torch.from_numpy(rows[:, :k]), whole * (nearer | untied), answers)
         if len(tied):
             found = torch.from_numpy(shares_of_tied(queries[tied], last[tied], train_codes, answers))
             left = (k - nearer.sum(dim=1)[torch.from_numpy(tied)]) * weights[

@@ -13,23 +13,15 @@ from torch import Tensor
 from lvssl.evaluation.embedding import LARGE_SET, embedded, help_to_embed
 from lvssl.evaluation.probe import standardise
 from lvssl.evaluation.score import score
-from lvssl.evaluation.stage import Stage, note_without_effect, prepare
+from lvssl.evaluation.stage import Stage, fit, note_without_effect, predictions, prepare
 from lvssl.evaluation.streamed import Bits, Rows, probed
 from lvssl.models.inference import infer
 from lvssl.runs.labels import LabelledDataset, readable, say_left_out, split
 from lvssl.runs.run import Run
 from lvssl.settings.stages import LinearSettings
 from lvssl.training.distributed import connected
-from lvssl.training.stopping import Stop, stop_signals
-from lvssl.training.supervised import (
-    Classifier,
-    Recipe,
-    SupervisedTrainer,
-    largest_batch,
-    predict,
-    represent,
-    scaled_lr,
-)
+from lvssl.training.stopping import stop_signals
+from lvssl.training.supervised import represent
 from pipelines.errors import InputError
 
 RIDGES = np.logspace(-6, 2, 9)  # regularisation strengths, per image
@@ -52,17 +44,18 @@ def linear(settings: LinearSettings) -> Stage[LinearSettings]:
         note_without_effect(settings, probe)
     if probe == "sgd":
         with stop_signals() as stop, connected(stage.world, stage.device):
-            predictions, answers, more = by_sgd(stage, train, test, stop)
-            figures = {settings.representation: score(predictions, answers, train.targets)}
-            return stage.finish((train, test), figures, probe=probe, **more)
+            pair, title = {"lr": settings.lr, "weight_decay": 0.0}, f"linear {stage.run.folder.name}"
+            model, training = fit(stage, train, pair, stage.claim(train), stop, title)
+            figures = {settings.representation: score(*predictions(stage, model, test), train.targets)}
+            return stage.finish((train, test), figures, probe=probe, **training.describe())
     if not stage.world.first:  # a single process does the rest
         if settings.representation != "latent":
             for data in (train, test):
                 help_to_embed(stage.run, data.source, settings.workers, data.on_error)
         return stage
     started = time.monotonic()
-    predictions, answers, more = exactly(stage, train, test, probe)
-    figures = {settings.representation: score(predictions, answers, train.targets)}
+    found, answers, more = exactly(stage, train, test, probe)
+    figures = {settings.representation: score(found, answers, train.targets)}
     seconds = round(time.monotonic() - started, 3)
     return stage.finish((train, test), figures, probe=probe, seconds=seconds, **more)
 
@@ -78,37 +71,18 @@ def pick_probe(wanted: str, train: LabelledDataset) -> str:
     return wanted
 
 
-def by_sgd(
-    stage: Stage[LinearSettings], train: LabelledDataset, test: LabelledDataset, stop: Stop
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Evaluate by the published protocol. Returns test predictions, answers, and facts on the training."""
-    settings, run, world = stage.settings, stage.run, stage.world
-    batch = largest_batch(settings.batch_size, len(train), world.size)
-    recipe = Recipe(
-        settings.epochs, batch, scaled_lr(settings.lr, batch), 0.0, settings.seed,
-        settings.checkpoint_minutes, settings.log_every, settings.workers, engine=stage.engine,
-    )  # fmt: skip
-    model = Classifier(run.network, settings.representation, train, frozen=True, seed=settings.seed)
-    view = run.settings.view
-    training = SupervisedTrainer(stage.claim(train), model, train, view, recipe, stage.device, world)
-    training.run(stop, f"linear {run.folder.name}")
-    title = f"linear: {test.path.name}"
-    found = predict(model, test, view, stage.device, settings.workers, world, title, stage.engine)
-    return *found, training.describe()
-
-
 def exactly(
     stage: Stage[LinearSettings], train: LabelledDataset, test: LabelledDataset, probe: str
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Evaluate, as `by_sgd` does, with an L2-regularised probe on the representations of centre crops; its
-    strength is chosen on held-out images."""
+    """Evaluate with an L2-regularised probe on the representations of centre crops; its strength is chosen on
+    held-out images. Returns test predictions, answers, and facts on the fit."""
     settings = stage.settings
     (x, train), (test_x, test) = (
         represented(stage.run, data, settings.representation, settings.workers) for data in (train, test)
     )
     if train.targets:
-        predictions, strength = ridge_probe(x, train, test_x, settings.seed)
-        return predictions, test.answers, {"regularisation": strength}
+        predicted, strength = ridge_probe(x, train, test_x, settings.seed)
+        return predicted, test.answers, {"regularisation": strength}
     both = (x, train.answers.numpy()), (test_x, test.answers.numpy())
     found, how = probed(settings, probe, *both, stage.device)
     return torch.from_numpy(found.scores(train.outputs)), test.answers, how

@@ -25,6 +25,7 @@ from lvssl.evaluation.regression import ridge_each
 from lvssl.evaluation.retrieval import retrieval_map, similarity_map
 from lvssl.evaluation.scorer import uncertainty
 from lvssl.evaluation.sets import Sampling, Sets, a_sample, embed_both
+from lvssl.evaluation.streamed import Bits
 from lvssl.models.inference import device_of
 from lvssl.models.network import latent_dim
 from lvssl.runs.labels import sound_part
@@ -32,19 +33,13 @@ from lvssl.runs.rows import FOREIGN, Point, Row, rows_of_points
 from lvssl.runs.run import Run
 from lvssl.settings.pretrain import PretrainSettings
 from pipelines.decode import Reader
-from pipelines.kernels.pack import pack_bits, unpack_bits
+from pipelines.kernels.pack import pack_bits
 
 FIRST = 1000  # n of mAP@n
 SCORES = 2  # version of the uncertainty scores; a study repeats measurements of other versions
 HASHES = ("sign", "PCA + sign", "ITQ", "LSH")  # from lvssl.codes.controls, compared by Hamming distance
 EQUAL_BIT = (*HASHES, "OPQ")  # OPQ needs faiss
-LABEL_FREE = (
-    "posterior",
-    "rate",
-    "norm",
-    "distance",
-    "density",
-)  # uncertainty scores that have seen no labels
+LABEL_FREE = ("posterior", "rate", "norm", "distance", "density")  # scores that have seen no labels
 OF_LATENT = ("posterior", "rate")
 
 
@@ -135,7 +130,8 @@ def measured(
         if run.network.family.own_code:
             points.append(("code", "code", bits, of_one_code(data, bits)))
     if not run.network.family.stochastic:
-        points += equal_bit(data, codes)
+        for method, length, coder in equal_bit_coders(data.train.features, codes):
+            points.append(("code", method, length, of_one_code(data, length, coder)))
     described = {
         "deterministic": not run.network.family.stochastic,
         "bits": bits,
@@ -215,13 +211,6 @@ def equal_bit_coders(
         yield method, bits, coder
 
 
-def equal_bit(data: CodeEvaluationData, codes: Iterable[tuple[str, int]]) -> list[Point]:
-    return [
-        ("code", method, bits, of_one_code(data, bits, coder))
-        for method, bits, coder in equal_bit_coders(data.train.features, codes)
-    ]
-
-
 def of_one_code(data: CodeEvaluationData, bits: int, coder: Coder | None = None) -> dict[str, float]:
     """Return the metrics of one code; `coder` makes it from features, and is None for a run's own code."""
 
@@ -229,7 +218,7 @@ def of_one_code(data: CodeEvaluationData, bits: int, coder: Coder | None = None)
         return own if coder is None else coder.encode(features)
 
     def vectors(packed: np.ndarray) -> np.ndarray:
-        return signs(packed, bits) if coder is None else coder.decode(packed)
+        return Bits(packed, bits, off=-1.0)[:] if coder is None else coder.decode(packed)
 
     packed = [coded(each.features, each.codes) for each in data[:2]]
     by_hamming = packed if coder is None or coder.hamming else None
@@ -240,10 +229,6 @@ def of_one_code(data: CodeEvaluationData, bits: int, coder: Coder | None = None)
         regressed = ridge_each(x[0], parts[0][1], x[1], parts[1][1])
         found[f"{kind}_r2"] = float(np.nanmean([r.r2 for r in regressed.values()]))
     return found
-
-
-def signs(packed: np.ndarray, bits: int) -> np.ndarray:
-    return 2 * unpack_bits(packed, bits).astype(np.float32) - 1
 
 
 # Uncertainty ----------------------------------------------------------------------------------------------
@@ -262,14 +247,13 @@ def of_scores(analysed: dict[str, Any]) -> list[Point]:
 
 def of_one_score(score: dict[str, float]) -> dict[str, float]:
     """Return the metrics in which arms are compared, and the AUROC of each out-of-distribution set."""
-    each = {name: value for name, value in score.items() if name.startswith(FOREIGN)}
     return {
         "r_auroc": score["r_auroc"],
         "aurc": score["aurc"],
         "ood": mean_of(score, FOREIGN),
         "corruption": mean_of(score, "rank "),
         "crop": score["crops less certain"],
-        **each,
+        **{name: value for name, value in score.items() if name.startswith(FOREIGN)},
     }
 
 

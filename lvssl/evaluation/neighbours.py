@@ -27,11 +27,7 @@ TILE = 1 << 24  # cosines at a time
 
 
 def nearest_in_cells(
-    queries: np.ndarray,
-    database: np.ndarray,
-    z: tuple[np.ndarray, np.ndarray],
-    k: int,
-    same: bool = False,
+    queries: np.ndarray, database: np.ndarray, z: tuple[np.ndarray, np.ndarray], k: int, same: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (rows int64 [Q, k'], cosines float32 [Q, k']) of the nearest of each query, nearest first; k' <=
     k is limited by their number. If the probed cells contain fewer, the cosine is -inf.

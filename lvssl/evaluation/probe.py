@@ -123,11 +123,8 @@ def fit(
 ) -> LogisticRegression:
     model = LogisticRegression(C=1 / (strength * len(x)), max_iter=STEPS, tol=1e-3, warm_start=True)
     if start is not None:
-        model.coef_, model.intercept_, model.classes_ = (
-            start.coef_.copy(),
-            start.intercept_.copy(),
-            start.classes_,
-        )
+        model.coef_, model.intercept_ = start.coef_.copy(), start.intercept_.copy()
+        model.classes_ = start.classes_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # see STEPS on why it may stop early
         return model.fit(x, y)

@@ -12,7 +12,7 @@ from lvssl.codes.file import CodeFile, CodeFileError, found_beside, path_beside
 from lvssl.codes.quantiser import FITS, Quantiser
 from lvssl.evaluation.fitted import FittedOn, Origin, keep, kept
 from lvssl.runs.run import Run, image_count
-from lvssl.settings.pretrain import choice
+from lvssl.settings.pretrain import choice, require
 from pipelines.errors import InputError
 
 CODES = ("auto", *FITS)
@@ -45,8 +45,7 @@ def chosen_code(run: Run, bits: int, code: str, images: int | None = None) -> st
 def code_of_length(bits: int, code: str, features: int, own: int, images: int | None = None) -> str:
     """Resolve as `chosen_code` does, for this many features, bits of the own code, and images to fit on."""
     choice("code", code, CODES)
-    if bits < 0:
-        raise InputError(f"--bits must be at least 0, got {bits}")
+    require(bits >= 0, "bits", bits, "at least 0")
     most = {"bits": own, "opq": 8 * features, "itq": features, "pca": features}
     if code == "auto":
         code = best_code(bits, most, images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,7 +150,7 @@ class Sets:
     out_of_distribution: dict[str, np.ndarray]
     sources: tuple[Reader, Reader]
     skipped: dict[str, int]  # train, test, "ood NAME" -> number of chosen images that couldn't be decoded
-    test_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # positions in their source
+    test_rows: np.ndarray  # int64 [N], positions in their source
 
     @classmethod
     def of(cls, sampling: Sampling, run: Run, train: Reader, test: Reader) -> Sets:

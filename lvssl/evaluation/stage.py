@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import copy
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.runs.identity import describe_set, other_set
 from lvssl.runs.labels import LabelledDataset, check_pair, open_labelled, say_notes, sibling_test_set
+from lvssl.runs.progress import peak_memory
 from lvssl.runs.result import ResultFile, read_result
 from lvssl.runs.run import Run, load_run, require_classes_of, training_set, versions
 from lvssl.settings.fields import identity
 from lvssl.settings.pretrain import EngineSettings
 from lvssl.settings.stages import LinearSettings, StageSettings, TrainingSettings
 from lvssl.training.distributed import World, from_first, world_of
+from lvssl.training.stopping import Stop
+from lvssl.training.supervised import Classifier, Recipe, SupervisedTrainer, largest_batch, predict, scaled_lr
 from pipelines.errors import InputError
 from pipelines.files import write_json
 
@@ -118,7 +122,7 @@ class Stage(Generic[Settings]):
             "step": self.run.step,
             "data": data,
             **more,
-            "peak_memory_mib": peak_memory_mib(),
+            "peak_memory_mib": round(peak_memory(self.device) / 2**20, 1),
             "device": str(self.device),
             "arithmetic": self.run.arithmetic,
         }
@@ -150,10 +154,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     run = load_run(settings.run, device)
     train = training_set(run, settings.train)
     settings = replace(
-        settings,
-        train=train,
-        test=settings.test or sibling_test_set(train),
-        on_error=run.reading(settings),
+        settings, train=train, test=settings.test or sibling_test_set(train), on_error=run.reading(settings)
     )
     path = settings.out or settings.run / result
     if path.suffix != ".json":
@@ -166,14 +167,32 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     return stage
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A result for embeddings, which don't come from a run."""
+def fit(
+    stage: Stage[Any], data: LabelledDataset, pair: dict[str, float], folder: Path, stop: Stop, title: str
+) -> tuple[Classifier, SupervisedTrainer]:
+    """Train a linear layer on the run's encoder, and the encoder too unless the stage is `linear`, or resume
+    an interrupted training. `pair`: lr, which is for a batch of 256, and weight_decay."""
+    settings, network = stage.settings, stage.run.network
+    frozen = isinstance(settings, LinearSettings)
+    batch = largest_batch(settings.batch_size, len(data), stage.world.size)
+    recipe = Recipe(
+        settings.epochs, batch, scaled_lr(pair["lr"], batch), pair["weight_decay"], settings.seed,
+        settings.checkpoint_minutes, settings.log_every, settings.workers,
+        0 if frozen else settings.min_steps, stage.engine,
+    )  # fmt: skip
+    model = Classifier(
+        network if frozen else copy.deepcopy(network), settings.representation, data, frozen, settings.seed
+    )
+    view = stage.run.settings.view
+    training = SupervisedTrainer(folder, model, data, view, recipe, stage.device, stage.world)
+    training.run(stop, title)
+    return model, training
 
-    name: str
-    path: Path
-    done: dict[str, Any]
-    world: World = World()  # noqa: RUF009 (frozen)
+
+def predictions(stage: Stage[Any], model: Classifier, data: LabelledDataset) -> tuple[Tensor, Tensor]:
+    """Return the result of `predict`."""
+    view, workers, title = stage.run.settings.view, stage.settings.workers, f"{stage.name}: {data.path.name}"
+    return predict(model, data, view, workers, stage.world, title, stage.engine)
 
 
 def note_without_effect(settings: LinearSettings, probe: str) -> None:
@@ -182,13 +201,11 @@ def note_without_effect(settings: LinearSettings, probe: str) -> None:
         print(f"note: {said}", file=sys.stderr, flush=True)
 
 
-def show(stage: Stage[Any] | Measured) -> None:
-    """Print a finished stage; only the first rank does."""
-    if stage.done is None or not stage.world.first:
-        return
-    for representation, figures in stage.done["results"].items():
-        print(f"{stage.name} on {representation}: {in_words(figures)}")
-    print(f"written: {stage.path}")
+def show(name: str, path: Path, result: dict[str, Any]) -> None:
+    """Print the result of a stage."""
+    for representation, figures in result["results"].items():
+        print(f"{name} on {representation}: {in_words(figures)}")
+    print(f"written: {path}")
 
 
 def in_words(figures: dict[str, Any]) -> str:
@@ -200,11 +217,3 @@ def in_words(figures: dict[str, Any]) -> str:
     low, high = figures["top1_interval"]
     top5 = f" · top-5 {figures['top5']:.2f} %" if "top5" in figures else ""
     return f"top-1 {figures['top1']:.2f} % [{low:.2f}, {high:.2f}]{top5}"
-
-
-def peak_memory_mib() -> float:
-    """Return the peak memory so far: of the GPU if one is in use, otherwise of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

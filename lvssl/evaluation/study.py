@@ -30,7 +30,7 @@ from lvssl.runs.labels import open_pair
 from lvssl.runs.result import as_number, read_result
 from lvssl.runs.rows import Row
 from lvssl.runs.run import load_run, versions
-from lvssl.settings.fields import to_dict
+from lvssl.settings.fields import replaced, to_dict
 from lvssl.settings.measure import StudySettings
 from lvssl.settings.presets import command
 from lvssl.settings.pretrain import PRESETS, PretrainSettings, at_least, choice, preset
@@ -107,17 +107,16 @@ def plan(settings: StudySettings, arm: str, seed: int) -> PretrainSettings:
     """Return the pretraining settings for an arm and a seed."""
     base = preset(settings.preset)
     name, changes = parsed(arm)
-    return dataclasses.replace(
-        base,
-        data=settings.train,
-        out=(settings.runs or settings.out) / f"{start_of(settings)}{name}-s{seed}",
-        seed=seed,
-        threads=settings.threads,
-        on_error=settings.on_error,
-        max_pixels=settings.max_pixels,
-        epochs=settings.epochs or base.epochs,
-        **groups_of(base, arm, changes),
-    )
+    given = {
+        "data": settings.train,
+        "out": (settings.runs or settings.out) / f"{start_of(settings)}{name}-s{seed}",
+        "seed": seed,
+        "threads": settings.threads,
+        "on_error": settings.on_error,
+        "max_pixels": settings.max_pixels,
+        "epochs": settings.epochs or base.epochs,
+    }
+    return replaced(base, given | parsed_values(base, arm, changes))
 
 
 def parsed(arm: str) -> tuple[str, dict[str, str]]:
@@ -131,22 +130,20 @@ def start_of(settings: StudySettings) -> str:
     return f"{settings.prefix}-" if settings.prefix else ""
 
 
-def groups_of(base: PretrainSettings, arm: str, changes: dict[str, str]) -> dict[str, Any]:
-    """Return the settings of latent and model with an arm's values, parsed to the types of their defaults."""
-    groups: dict[str, Any] = {"latent": base.latent, "model": base.model}
-    defaults = {f.name: (group, f.default) for group, of in groups.items() for f in dataclasses.fields(of)}
-    made: dict[str, dict[str, Any]] = {group: {} for group in groups}
+def parsed_values(base: PretrainSettings, arm: str, changes: dict[str, str]) -> dict[str, Any]:
+    """Parse an arm's values of settings of latent and model to the types of their defaults."""
+    defaults = {f.name: f.default for of in (base.latent, base.model) for f in dataclasses.fields(of)}
+    made = {}
     for name, text in changes.items():
         if name not in defaults:
             raise InputError(f"arm {arm!r}: unknown setting {name!r}; known: {', '.join(defaults)}")
-        group, default = defaults[name]
-        kind: Any = float if default is None else type(default)
+        kind: Any = float if defaults[name] is None else type(defaults[name])
         try:
-            made[group][name] = SWITCHES[text.lower()] if kind is bool else kind(text)
+            made[name] = SWITCHES[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError) as error:
             wanted = "true or false" if kind is bool else f"a {kind.__name__}"
             raise InputError(f"arm {arm!r}: {name} must be {wanted}, got {text!r}") from error
-    return {name: dataclasses.replace(of, **made[name]) for name, of in groups.items()}
+    return made
 
 
 def of_run(

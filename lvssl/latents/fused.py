@@ -23,9 +23,7 @@ class Draw(NamedTuple):
     sample: Tensor  # mean of the samples, as the projector takes them: [N, D]
     kl: Tensor  # nats, [N]
     entropy: Tensor  # nats, [N]
-    packed: (
-        Tensor  # the code's bits where they are the parameters' signs, uint8 [N, ceil(D / 8)]; else [N, 0]
-    )
+    packed: Tensor  # the code's bits where these are the parameters' signs, uint8 [N, bytes]; else [N, 0]
 
 
 def usable(family: Family, parameters: Tensor) -> bool:

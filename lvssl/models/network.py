@@ -55,29 +55,20 @@ class LVNet(nn.Module):
         self.backbone, features = build_backbone(model.backbone, resolution)
         self.feature_dim = features
         self.family = latent.distribution
-        self.latent, self.samples = latent, latent.samples
+        self.latent = latent
         self.dim = latent_dim(model, latent)
         if error := self.family.validation_error(self.dim):
             raise InputError(f"--dim must be {error}, got {self.dim}")
         at_projection = latent.site == "proj"
-        self.head = Head(
-            self.family,
-            model.projection if at_projection else features,
-            self.dim,
-            latent.init_scale,
-            latent.init_scale_start,
-            latent.posterior_scale == "learnt",
-        )
+        self.head = Head(latent, model.projection if at_projection else features, self.dim)
         self.projector = projector(features if at_projection else self.dim, model)
         has_clean = latent.clean_path_weight > 0 and self.family.stochastic
         self.clean_projector = projector(features, model) if has_clean else None
         self.match_parameters = nn.Parameter(torch.zeros(2)) if latent.objective == "hib" else None
-        code_bits = self.family.code_bits(self.dim)
-        self.probes = (
-            nn.ModuleDict({"features": nn.Linear(features, classes), "code": nn.Linear(code_bits, classes)})
-            if classes
-            else None
-        )
+        self.probes: nn.ModuleDict | None = None
+        if classes:
+            widths = {"features": features, "code": self.family.code_bits(self.dim)}
+            self.probes = nn.ModuleDict({name: nn.Linear(of, classes) for name, of in widths.items()})
 
     def encode(self, images: Tensor) -> tuple[Tensor, Posterior]:
         """Return features h [N, F] (in the precision's type) and the posterior (fp32)."""
@@ -111,14 +102,14 @@ class LVNet(nn.Module):
         parameters = self.posterior_parameters(features, progress)
         kl = None
         if self.latent.reduction == "samples" and fused.usable(self.family, parameters):
-            drawn = fused.draw(self.family, parameters, self.samples, noise.key, noise.rows)
+            drawn = fused.draw(self.family, parameters, self.latent.samples, noise.key, noise.rows)
             samples, kl = drawn.sample[None], drawn.kl
         else:
             temperature = self.latent.relaxation
             if (start := self.latent.relaxation_start) is not None:
                 temperature = geometric(start, temperature, progress)
             posterior = self.family.posterior(parameters)
-            samples = posterior.sample(self.samples, noise, temperature)
+            samples = posterior.sample(self.latent.samples, noise, temperature)
         projections = self.project(samples)
         clean = self.clean_projector(features) if self.clean_projector is not None else None
         return Outputs(features, parameters, projections, clean, self.family, self.match_parameters, kl)
@@ -174,20 +165,13 @@ class Head(nn.Module):
     noise drowns the gradient, and few bits are ever used.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        features: int,
-        dim: int,
-        init_scale: float,
-        init_scale_start: float | None = None,
-        learn_scale: bool = True,
-    ) -> None:
+    def __init__(self, latent: LatentSettings, features: int, dim: int) -> None:
         super().__init__()
-        self.family = family
+        self.family = family = latent.distribution
         locations, scales = family.location_count(dim), family.scale_count(dim)
-        factor, offset = family.initial_head(dim, init_scale)
-        first = family.initial_head(dim, init_scale_start)[0] if init_scale_start else None
+        factor, offset = family.initial_head(dim, latent.init_scale)
+        start = latent.init_scale_start
+        first = family.initial_head(dim, start)[0] if start else None
         # Settings, not state: a checkpoint doesn't hold them.
         self.register_buffer("factor", factor, persistent=False)
         self.register_buffer("first_factor", first, persistent=False)
@@ -195,7 +179,7 @@ class Head(nn.Module):
         self.linear = nn.Linear(features, locations, bias=False) if locations != features else nn.Identity()
         self.normalise = nn.BatchNorm1d(locations, affine=False)
         self.scale = None
-        if family.stochastic and scales and learn_scale:
+        if family.stochastic and scales and latent.posterior_scale == "learnt":
             self.scale = nn.Linear(features, scales)
             nn.init.zeros_(self.scale.weight)
             with torch.no_grad():
@@ -209,7 +193,7 @@ class Head(nn.Module):
             return torch.cat([location, self.running("mean").expand_as(location)], dim=1)
         factor, first = self.get_buffer("factor"), self._buffers["first_factor"]
         if first is not None and progress < 1:
-            factor = first ** (1 - progress) * factor**progress
+            factor = geometric(first, factor, progress)
         rows = features.shape[0]  # not len(), which an export would fix to the example's
         offset = self.get_buffer("offset").expand(rows, -1)
         scale = self.scale(features) if self.scale is not None else offset
@@ -236,7 +220,7 @@ def latent_dim(model: ModelSettings, latent: LatentSettings) -> int:
     return latent.dim or (model.projection if latent.site == "proj" else feature_dim(model.backbone))
 
 
-def geometric(start: float, end: float, progress: float) -> float:
+def geometric(start: Any, end: Any, progress: float) -> Any:
     """Interpolate from start to end in equal ratios."""
     return start ** (1 - progress) * end**progress
 

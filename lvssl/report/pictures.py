@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -26,17 +26,16 @@ ABOUT = {
 def write_curation(
     path: Path,
     title: str,
-    tables: dict[str, tuple[list[str], list[list[Any]]]],
-    shown: dict[str, list[list[tuple[int, int]]]],
+    tables: Mapping[str, tuple[list[str], list[list[Any]], list[list[tuple[int, int]]]]],
     picture: Callable[[int, int], np.ndarray],
 ) -> Path:
-    """Write the page. `shown` gives for each row of a table the images (set, row) that it is about; `picture`
-    returns an image as uint8 [H, W, 3]."""
+    """Write the page. `tables` gives the head of each table, its lines and, for each line, the images (set,
+    row) that it is about; `picture` returns an image as uint8 [H, W, 3]."""
     sections = []
-    for name, (head, lines) in tables.items():
+    for name, (head, lines, shown) in tables.items():
         names = [column for column, title in enumerate(head) if title.endswith("name")]
         rows = []
-        for line, images in list(zip(lines, shown[name]))[:MOST]:
+        for line, images in list(zip(lines, shown))[:MOST]:
             words = "; ".join(f"{column} {value}" for column, value in zip(head, line) if value != "")
             captions = [PurePath(str(line[column])).name for column in names] + len(images) * [""]
             rows.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from pathlib import Path
@@ -14,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from lvssl.runs.rows import FOREIGN, Row, as_csv, by_point
-from pipelines.files import write_atomically
+from pipelines.files import write_atomically, written_aside
 
 COLOURS = {"better": "#0f6b6f", "level": "#79818c", "worse": "#a3162a", "one seed": "#b5b9bf"}
 OF_CODE = {  # columns of the table of codes
@@ -57,10 +56,9 @@ def write_study(out: Path, result: dict[str, Any]) -> list[Path]:
     paths = [out / name for name in files]
     for name, figure in drawn.items():
         for kind in ("png", "svg"):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight")
-            write_atomically(figures / f"{name}.{kind}", buffer.getvalue())
             paths.append(figures / f"{name}.{kind}")
+            with written_aside(paths[-1]) as file:
+                figure.savefig(file, format=kind, dpi=150, bbox_inches="tight")
         plt.close(figure)
     return paths
 
@@ -200,15 +198,8 @@ def accuracy(result: dict[str, Any]) -> Any:
                 if not values:
                     continue
                 error = statistics.stdev(values) if len(values) > 1 else 0
-                axis.errorbar(
-                    bits * 1.04**number,
-                    statistics.mean(values),
-                    error,
-                    fmt=marker,
-                    color=colour,
-                    label=label,
-                    capsize=3,
-                )
+                place, mean = bits * 1.04**number, statistics.mean(values)
+                axis.errorbar(place, mean, error, fmt=marker, color=colour, label=label, capsize=3)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda bits, _: f"{bits:,.0f}")
         axis.set_title(title, fontsize=10)

@@ -102,16 +102,10 @@ def compare_uncertainty(analysis: dict[str, Any]) -> UncertaintyComparison | Non
     if not all(finite(row.get(c)) for row in (*control.values(), run) for c in ("r_auroc", "recall_at_1")):
         return None
     best = max(control, key=lambda name: control[name]["r_auroc"])
-    images = analysis["images"]["test"]
-    errors = [auroc_error(row["r_auroc"], row["recall_at_1"], images) for row in (run, control[best])]
-    return UncertaintyComparison(
-        best,
-        run["r_auroc"],
-        control[best]["r_auroc"],
-        2 * math.hypot(*errors),
-        run["recall_at_1"],
-        control[best]["recall_at_1"],
-    )
+    images, theirs = analysis["images"]["test"], control[best]
+    errors = [auroc_error(row["r_auroc"], row["recall_at_1"], images) for row in (run, theirs)]
+    noise, recalls = 2 * math.hypot(*errors), (run["recall_at_1"], theirs["recall_at_1"])
+    return UncertaintyComparison(best, run["r_auroc"], theirs["r_auroc"], noise, *recalls)
 
 
 USEFUL = 0.6  # minimum AUROC of a score that is recommended; 0.5 is chance

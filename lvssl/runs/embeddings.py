@@ -67,15 +67,20 @@ def open_pair_of_embeddings(
     and test.npy); `train` and `test` override it. InputError: missing, damaged, or they don't match."""
     path = train or training_file(given)
     known, asked = open_embeddings(path), open_embeddings(test or sibling_test_set(path))
-    if known.features.shape[1] != asked.features.shape[1]:
-        widths = known.features.shape[1], asked.features.shape[1]
-        raise InputError(
-            f"{asked.path}: features have {widths[1]} dimensions, those of {known.path} {widths[0]}"
-        )
+    require_same_width(known, asked)
     unseen = np.setdiff1d(asked.labels, known.labels)
     if len(unseen):
         raise InputError(f"{asked.path}: label {unseen[0]} doesn't occur in {known.path}")
     return known, asked
+
+
+def require_same_width(known: Embeddings, asked: Embeddings) -> None:
+    """Raise InputError unless both have features of the same length, as those of one model do."""
+    widths = known.features.shape[1], asked.features.shape[1]
+    if widths[0] != widths[1]:
+        raise InputError(
+            f"{asked.path}: features have {widths[1]} dimensions, those of {known.path} {widths[0]}"
+        )
 
 
 def training_file(given: Path) -> Path:
@@ -124,11 +129,8 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
             good = np.isfinite(features[start : start + READ].astype(np.float32)).all(1)
         if not good.all():
             row = start + good.argmin()
-            what = (
-                "beyond the range of fp32"
-                if np.isfinite(features[row]).all()
-                else "that isn't a finite number"
-            )
+            large = np.isfinite(features[row]).all()
+            what = "beyond the range of fp32" if large else "that isn't a finite number"
             raise InputError(f"{path}: row {row} has a value {what}")
     return Embeddings(path, features, labels)
 

@@ -298,7 +298,10 @@ def rows_of_names(train: LabelledDataset, path: Path) -> np.ndarray:
         wanted = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read as a list of file names ({error})") from error
-    known = rows_by_name(names_of(train))
+    names = names_of(train.source, train.path)
+    if names is None:
+        raise InputError(f"{train.path}: no manifest next to it names its images")
+    known = rows_by_name(names)
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         example = f", the first {unknown[0]!r}" if unknown else ""
@@ -322,9 +325,7 @@ def rows_by_name(names: list[str]) -> dict[str, int]:
     return known | {name: row for row, name in enumerate(names)}
 
 
-def names_of(train: LabelledDataset) -> list[str]:
-    """Return the source names of a set's images, from its manifest or from the folder itself."""
-    names = getattr(train.source, "names", None) or stored_names(train.path)
-    if names is None:
-        raise InputError(f"{train.path}: no manifest next to it names its images")
-    return list(names)
+def names_of(source: Reader, path: Path) -> list[str] | None:
+    """Return a name for each image of the set, from the set itself or its manifest; None without them."""
+    names = getattr(source, "names", None) or stored_names(path)
+    return list(names) if names is not None and len(names) == len(source) else None

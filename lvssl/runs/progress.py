@@ -68,11 +68,8 @@ class Progress:
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
             left = time_text((self.steps - step) * self.images / max(self.images_per_second(), 1e-9))
-            print(
-                f"{self.title}: {self.unit} {step}/{self.steps} · {text} · {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"{self.title}: {self.unit} {step}/{self.steps} · {text} · {left} left"
+            print(said, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -177,15 +174,17 @@ class ThroughputMeter:
         figures = {
             "images_per_second": self.steps * self.images / elapsed,
             "data_percent": 100 * (self.loader.waited - self.waited) / elapsed,
-            "memory_gib": self.memory() / 2**30,
+            "memory_gib": peak_memory(self.device) / 2**30,
         }
         self.reset()
         return figures
 
-    def memory(self) -> int:
-        """Peak memory in bytes: of torch on a GPU, of the process on a CPU."""
-        if self.device.type == "cuda":
-            import torch
 
-            return torch.cuda.max_memory_allocated(self.device)
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_memory(device: torch.device) -> int:
+    """Peak memory so far in bytes: of torch on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -24,20 +24,12 @@ FOREIGN = "ood "  # prefix of the metric of an AUROC for out-of-distribution ima
 POINT = ("run", "representation", "method", "bits", "seed")  # all but the metric and its value
 
 
-def rows_of(metrics: Mapping[str, float], **point: Any) -> list[Row]:
-    """Return a row for each metric of one point: run, representation, method, bits, seed."""
-    each = [point | {"metric": metric, "value": value} for metric, value in metrics.items()]
-    return [{column: row[column] for column in COLUMNS} for row in each]
-
-
 def rows_of_points(run: str, seed: int, points: Iterable[Point]) -> list[Row]:
     """Return the rows of one run's measurements."""
     return [
-        row
+        dict(zip(COLUMNS, (run, representation, method, bits, metric, value, seed)))
         for representation, method, bits, metrics in points
-        for row in rows_of(
-            metrics, run=run, representation=representation, method=method, bits=bits, seed=seed
-        )
+        for metric, value in metrics.items()
     ]
 
 

@@ -89,16 +89,13 @@ class MLflow:
         self.client, own = mlflow.tracking.MlflowClient(), f"tags.lvssl = '{run_id(folder)}'"
         experiment = self.client.get_experiment_by_name("lvssl").experiment_id
         known = self.client.search_runs([experiment], own, max_results=1)
-        tags = {"lvssl": run_id(folder)}
-        run = (
-            known[0]
-            if known
-            else self.client.create_run(experiment, tags=tags, run_name=folder.resolve().name)
-        )
-        self.id = run.info.run_id
-        if not known:
-            for name, value in about(folder).items():
-                self.client.log_param(self.id, name, str(value)[:500])
+        if known:
+            self.id = known[0].info.run_id
+            return
+        tags, title = {"lvssl": run_id(folder)}, folder.resolve().name
+        self.id = self.client.create_run(experiment, tags=tags, run_name=title).info.run_id
+        for name, value in about(folder).items():
+            self.client.log_param(self.id, name, str(value)[:500])
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():

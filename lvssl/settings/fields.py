@@ -9,7 +9,7 @@ import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pipelines.datasets.parts import is_by_name
 from pipelines.errors import InputError
@@ -59,6 +59,14 @@ def all_settings(settings: Any, start: Any = None) -> Iterator[Setting]:
                 yield dataclasses.replace(inner, name=f"{field.name}.{inner.name}")
         else:
             yield Setting(field.name, value, default, field.metadata)
+
+
+def flat_hints(kind: Any) -> dict[str, Any]:
+    """Map the options of settings of that kind, including those in groups, to their types."""
+    flat: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        flat |= flat_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+    return flat
 
 
 def require_finite(settings: Any) -> None:
@@ -183,6 +191,19 @@ def from_dict(kind: Any, values: Any, where: str = "config") -> Any:
             wanted = getattr(kind_of, "__name__", str(kind_of)) if not get_args(kind_of) else str(kind_of)
             raise InputError(f"{where}: {name} should be of type {wanted}, not {str(value)[:40]!r}")
     return kind(**made)
+
+
+def replaced(settings: Any, flat: Mapping[str, Any]) -> Any:
+    """Replace settings by the values in `flat`, in whichever group has them."""
+    changes = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = replaced(value, flat)
+        elif f.name in flat:
+            given = flat[f.name]
+            changes[f.name] = tuple(given) if isinstance(given, list) else given
+    return dataclasses.replace(settings, **changes)
 
 
 WRONG = object()

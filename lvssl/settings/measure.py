@@ -85,7 +85,7 @@ class CompressionSettings(MeasuringSettings):
     PCA + sign, ITQ, LSH, int8 and product codes of the control's features. Writes RUN/compression.json and
     .csv."""
 
-    others: tuple[Path, ...] = field(default=())
+    others: tuple[Path, ...] = ()
     """More runs to show on the same axes, with other families, betas or lengths."""
     bits: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048)
     """Code lengths at which the controls are computed and the run's code is truncated."""
@@ -135,7 +135,7 @@ class StudySettings(ReadsImages):
     max_images: int = 2000
     """Number of test images on which uncertainty and regression are measured. Accuracy and mAP use all images
     or, from 200,000 training images on, 20,000 of these and 4,000 test images."""
-    ood: tuple[Path, ...] = field(default=())
+    ood: tuple[Path, ...] = ()
     """Out-of-distribution data as .beton files, as for `lvssl analyse`, or images of classes that were left
     out of the training images (`convert-beton --only-classes`). Noise, textures and digits are always
     included."""

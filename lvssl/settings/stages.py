@@ -7,14 +7,7 @@ from typing import TypeVar
 from tyro import MISSING
 from tyro.conf import Positional
 
-from lvssl.settings.fields import (
-    PER_CALL,
-    POSITIONAL,
-    RUNTIME,
-    ReadsImages,
-    require_finite,
-    without_effect,
-)
+from lvssl.settings.fields import PER_CALL, POSITIONAL, RUNTIME, ReadsImages, require_finite, without_effect
 from lvssl.settings.pretrain import PRECISIONS, above_zero, at_least, choice, require
 from pipelines.decode import SOURCES
 from pipelines.errors import ON_ERROR, InputError
@@ -169,22 +162,14 @@ class FinetuneSettings(TrainingSettings):
 
     def validate(self) -> None:
         super().validate()
-        require(
-            self.representation != "code",
-            "representation",
-            self.representation,
-            "features or latent: a code has no gradient",
-        )
+        wanted = "features or latent: a code has no gradient"
+        require(self.representation != "code", "representation", self.representation, wanted)
         require(0 < self.label_fraction <= 1, "label_fraction", self.label_fraction, "in (0, 1]")
         at_least(self, min_steps=0, epochs=1)
         for name, smallest in (("lr", 1e-12), ("weight_decay", 0.0)):
             values = getattr(self, name)
-            require(
-                len(values) > 0 and all(value >= smallest for value in values),
-                name,
-                values,
-                f"one or more numbers, {'none negative' if smallest == 0 else 'all above 0'}",
-            )
+            wanted = f"one or more numbers, {'none negative' if smallest == 0 else 'all above 0'}"
+            require(min(values, default=-1.0) >= smallest, name, values, wanted)
             require(len(set(values)) == len(values), name, values, "different numbers")
         require(
             0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "in (0, 1)"

@@ -67,18 +67,9 @@ class PlanSettings:
         choice("precision", self.precision, ("bf16", "fp32"))
         LatentSettings(self.family).validate()
         at_least(self, gpus=1)
-        require(
-            self.batch_size >= self.gpus,
-            "batch_size",
-            self.batch_size,
-            "at least one image for each of --gpus",
-        )
-        require(
-            self.batch_size % self.gpus == 0,
-            "batch_size",
-            self.batch_size,
-            f"a multiple of --gpus ({self.gpus})",
-        )
+        batch, gpus = self.batch_size, self.gpus
+        require(batch >= gpus, "batch_size", batch, "at least one image for each of --gpus")
+        require(batch % gpus == 0, "batch_size", batch, f"a multiple of --gpus ({gpus})")
         require(0 <= self.memory < 10_000, "memory", self.memory, "at least 0 GiB")
         require(8 <= self.resolution <= 4096, "resolution", self.resolution, "pixels in [8, 4096]")
         at_least(self, hidden=1, projection=2)

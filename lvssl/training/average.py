@@ -1,28 +1,26 @@
 """Exponential moving average of a network's weights and running statistics."""
 
 import copy
-from typing import Generic, TypeVar
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
-N = TypeVar("N", bound=nn.Module)
+from lvssl.models.network import LVNet
 
 
-class Average(Generic[N]):
+class Average:
     """e <- decay e + (1 - decay) w, for everything in the state_dict; counters are the network's.
 
     Attributes:
         module: the average, in eval mode, which starts as a copy of the network.
     """
 
-    def __init__(self, network: N, decay: float) -> None:
-        self.module: N = copy.deepcopy(network).eval()
+    def __init__(self, network: LVNet, decay: float) -> None:
+        self.module = copy.deepcopy(network).eval()
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, network: N, finite: Tensor | None = None) -> None:
+    def update(self, network: LVNet, finite: Tensor | None = None) -> None:
         """Update the average with the network, which must be finite. If `finite`, a bool on the device, is
         False, the average stays as it is; None means True, without reading from the device."""
         own, theirs = (list(of.state_dict().values()) for of in (self.module, network))

@@ -83,10 +83,10 @@ def alarms(row: dict[str, Any], fraction: float) -> dict[str, str]:
 
 def warn(row: dict[str, Any], fraction: float, known: set[str]) -> None:
     """Print one line on stderr for each alarm that isn't in `known`, and add it."""
-    found = alarms(row, fraction)
-    for name in found.keys() - known:
-        print(f"warning: step {row['step']}: {name}: {found[name]}", file=sys.stderr, flush=True)
-    known.update(found)
+    for name, said in alarms(row, fraction).items():
+        if name not in known:
+            print(f"warning: step {row['step']}: {name}: {said}", file=sys.stderr, flush=True)
+            known.add(name)
 
 
 def examine(folder: Path) -> int:

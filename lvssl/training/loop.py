@@ -88,10 +88,8 @@ class Loop(ABC):
     def trains(self, network: nn.Module, optimiser: torch.optim.Optimizer, fp16: bool) -> None:
         """Set what is trained; call it before the first step."""
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimiser, self.averaging = (
-            optimiser,
-            GradientAllReducer(self.parameters, self.pace.timeout_minutes),
-        )
+        self.optimiser = optimiser
+        self.averaging = GradientAllReducer(self.parameters, self.pace.timeout_minutes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.finite = NonFiniteMonitor(network)
 

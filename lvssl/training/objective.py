@@ -40,10 +40,9 @@ def objective(outputs: Outputs, settings: PretrainSettings, fraction: float) -> 
     kl = outputs.posterior.kl() if outputs.kl is None else outputs.kl
     nats = rate(kl, latent.free_nats)
     loss = loss + rate_weight(latent, fraction) * nats
-    bits, weight = penalised_bits(outputs, settings)
-    if bits is not None:
+    if latent.decorrelation and (bits := penalised_bits(outputs)) is not None:
         figures["decorrelation"] = decorrelation(bits)
-        loss = loss + weight * figures["decorrelation"]
+        loss = loss + latent.decorrelation * figures["decorrelation"]
     return {"loss": loss, "distortion": sampled, "rate_bits": nats / math.log(2), **figures}
 
 
@@ -52,21 +51,18 @@ def rate_weight(latent: LatentSettings, fraction: float) -> float:
     return beta_at(fraction, latent.final_beta, latent.beta_warmup, latent.beta_schedule, latent.beta_cycles)
 
 
-def penalised_bits(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor | None, float]:
-    """Return the bits to decorrelate ([N, D], or None) and the weight of the penalty.
+def penalised_bits(outputs: Outputs) -> Tensor | None:
+    """Return the bits to decorrelate, [N, D], or None if there are none.
 
     These are the code's bits, unless the code is longer than h. Its bits are then dependent whatever h is,
     and the batch is often too small to tell, so that the penalty would lead to bits that are hardly ever on.
     The sign bits of h are penalised instead.
     """
-    latent, features = settings.latent, outputs.features
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
-    if latent.decorrelation == 0:
-        return None, 0.0
-    bits = outputs.posterior.straight_through_bits(batch_mean)
+    features, bits = outputs.features, outputs.posterior.straight_through_bits(batch_mean)
     if bits is None or bits.shape[1] <= features.shape[1]:
-        return bits, latent.decorrelation
-    return straight_through_signs(features, batch_mean), latent.decorrelation
+        return bits
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return straight_through_signs(features.to(wide), batch_mean)
 
 
 def distortion(outputs: Outputs, settings: PretrainSettings) -> tuple[Tensor, Figures]:

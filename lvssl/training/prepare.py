@@ -5,7 +5,7 @@ import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -26,10 +26,9 @@ def prepared(network: N, engine: EngineSettings, device: torch.device, ranks: in
     The names in its state_dict don't change.
     """
     claim(device, precision(engine, device), engine.deterministic)
-    network = network.to(device)
-    network = network.to(memory_format=layout(engine))
+    network = network.to(device).to(memory_format=layout(engine))
     if ranks > 1 and engine.sync_batch_norm:
-        network = cast(N, synchronised(network))
+        synchronised(network)
     return network
 
 

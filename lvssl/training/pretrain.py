@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 
-import numpy as np
 import torch
 
 from lvssl.models.device import claim, encoding_precision, multiplies_bf16, pick_device, precision
@@ -20,16 +19,15 @@ from lvssl.settings.pretrain import PretrainSettings
 from lvssl.training.distributed import World, connected, from_first, gathered, world_of
 from lvssl.training.optimiser import describe_groups
 from lvssl.training.prepare import keep_compiled
-from lvssl.training.stopping import Interrupted, Stop, stop_signals
+from lvssl.training.stopping import Stop, stop_signals
 from lvssl.training.trainer import Trainer
 from pipelines.augment import augmenter_for, backend_for
+from pipelines.datasets.dataset import evenly_spaced
 from pipelines.datasets.parts import are_there
 from pipelines.decode import Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.formats import jpeg
 from pipelines.loader import LoaderSettings, Replacements, TwoViewLoader, evaluation_batches
-
-__all__ = ["Interrupted", "Stop", "Trainer", "pretrain", "stop_signals"]
 
 CALIBRATION_IMAGES = 50_000
 
@@ -103,11 +101,9 @@ def run(
     with loader, ExitStack() as held:
         check()
         fresh = not checkpoint.paths(settings.out / "checkpoints")  # a killed run may have left part of one
-        begin = (
-            initial_weights(settings.model, settings.view.resolution)
-            if settings.model.init and fresh
-            else None
-        )
+        begin = None
+        if settings.model.init and fresh:
+            begin = initial_weights(settings.model, settings.view.resolution)
         from_first(world, lambda: create_run(settings, classes, resume, describe_set(source, settings.order)))
         from_first(world, lambda: held.enter_context(run_lock(settings.out)))
         trainer = Trainer(settings, classes, loader, device, world, initial=begin)
@@ -133,7 +129,7 @@ def calibrate(trainer: Trainer, source: Reader) -> None:
     """Set exact statistics for the code's thresholds, from the training images without augmentation."""
     settings, world = trainer.settings, trainer.world
     count = min(len(source), CALIBRATION_IMAGES) // world.size * world.size
-    chosen = np.linspace(0, len(source) - 1, count).astype(np.int64)[world.rank :: world.size]
+    chosen = evenly_spaced(len(source), count)[world.rank :: world.size]
     for network in [trainer.network, trainer.ema.module] if trainer.ema else [trainer.network]:
         network.precision = encoding_precision(settings.engine, trainer.device)
         replacements = Replacements(source, settings.on_error)  # all ranks need equally many images

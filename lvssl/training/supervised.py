@@ -126,7 +126,7 @@ def represent(network: LVNet, images: Tensor, on: str, noise: Noise | None = Non
     if on == "code":
         return posterior.code().float() * 2 - 1
     if noise is not None:
-        return posterior.sample(network.samples, noise, network.latent.relaxation).mean(dim=0).float()
+        return posterior.sample(network.latent.samples, noise, network.latent.relaxation).mean(dim=0).float()
     return posterior.mean().float()
 
 
@@ -259,7 +259,6 @@ def predict(
     model: Classifier,
     data: LabelledDataset,
     view: ViewSettings,
-    device: torch.device,
     workers: int,
     world: World = World(),  # noqa: B008 (frozen)
     title: str = "",
@@ -275,7 +274,7 @@ def predict(
     seen = torch.zeros(len(data))
 
     def answered(images: Tensor) -> Tensor:
-        with autocast(engine, device):
+        with autocast(engine, images.device):
             return model.in_units(model(images))
 
     batches = readable(data.source, view, workers, data.on_error, own, title if world.first else "")

@@ -144,7 +144,7 @@ def test_opq_is_the_quantiser_that_encode_fits():
     """The same codes, and what they stand for, as `lvssl.codes.quantiser`."""
     pytest.importorskip("faiss", reason="the extra `faiss` isn't installed")
     train = features()
-    coder, quantiser = fit_opq(train, 32, seed=3), quantisers.fit_opq(train, 32, seed=3)
+    coder, quantiser = fit_opq(train, 32), quantisers.fit_opq(train, 32)
     codes = coder.encode(train)
     assert (codes == quantiser.encode(train)).mean() > 0.999  # as near to two words but for rounding
     assert np.allclose(coder.decode(codes), quantiser.decode(codes), atol=1e-5)

@@ -57,7 +57,7 @@ def test_bits_needed_are_found_of_a_set_that_is_sorted_by_class(coded):
     order = np.argsort(labels, kind="stable")[::4]
     bits, labels, none = bits[order], labels[order], np.zeros((len(order), 0), np.float32)
     pixels = np.zeros((len(order), 8, 8, 3), np.uint8)
-    sets = Sets(pixels, labels, pixels, labels, {}, (None, None), {})
+    sets = Sets(pixels, labels, pixels, labels, {}, (None, None), {}, order)
     outputs = NetworkOutputs(none, bits.astype(bool), none, none, none[:, 0:0], none[:, 0:0], none)
     few = analyse.bits(sets, outputs, [f"class {c}" for c in range(8)])[0]["few"]
     assert set(few) == {f"class {c}" for c in range(8)}

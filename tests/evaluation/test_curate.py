@@ -12,7 +12,7 @@ from PIL import Image
 
 from lvssl.codes.search import hamming_distances
 from lvssl.commands.main import main
-from lvssl.evaluation.curate import NOISE, Agreement, Curation, Embedded, contradicted, diverse
+from lvssl.evaluation.curate import NOISE, Agreement, Embedded, contradicted, diverse
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 CIFAR = SHARED / "cifar10-jpeg/train-00000-of-00001.parquet"
@@ -135,11 +135,10 @@ def test_a_damaged_image_shifts_no_class(run, planted, tmp_path):
 def test_votes_on_a_label_are_weighted_by_cosine():
     names, labels = list("abcd"), np.array([0, 1, 0, 0])
     one = Embedded("train", names, labels, ["cat", "dog"], np.zeros((4, 2)), np.zeros(4, np.float32))
-    found = Curation(Path(), None, [one], "raise")
     rows = np.array([[1, 2, 3], [0, 2, 3], [3, 0, 1], [2, 0, 1]])
     cosines = np.tile(np.array([0.6, 0.2, -0.9], np.float32), (4, 1))  # what is opposite has no vote
-    contradicted(found, rows, cosines, 10)
-    assert found.tables["labels"][1] == [["b", "dog", "cat", 0.0, 1.0], ["a", "cat", "dog", 0.25, 0.75]]
+    found = contradicted(one, rows, cosines, 10)
+    assert found.lines == [["b", "dog", "cat", 0.0, 1.0], ["a", "cat", "dog", 0.25, 0.75]]
 
 
 def test_embeddings_are_duplicates_from_a_higher_cosine_on(tmp_path):

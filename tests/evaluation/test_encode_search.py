@@ -27,7 +27,7 @@ from lvssl.codes.search import hamming_distances
 from lvssl.commands.main import main
 from lvssl.evaluation.codes import search
 from lvssl.evaluation.embedding import Embedding, embed
-from lvssl.evaluation.encoder import Encoder, Searcher, codes_of, holds_many, identity
+from lvssl.evaluation.encoder import Encoder, Searcher, holds_many, identity
 from lvssl.evaluation.fitted import TrainingImages
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.outputs import network_outputs
@@ -37,6 +37,7 @@ from lvssl.settings.apply import SearchSettings
 from pipelines.decode import open_reader
 from pipelines.decode.images import ImageReader
 from pipelines.errors import InputError
+from pipelines.kernels.pack import pack_bits
 from pipelines.loader import evaluation_crops
 
 
@@ -61,10 +62,10 @@ def test_a_beton_gives_the_codes_of_its_images_under_their_names(run, digits, tm
     assert lvssl("encode", run, "--images", digits["test"], "--out", out, "--means") == 0
     codes, source, loaded = open_codes(out), open_reader(digits["test"]), load_run(run)
     crops = evaluation_crops(source, loaded.settings.view, np.arange(len(source)))
-    expected, means = codes_of(loaded, crops)
+    outputs = network_outputs(loaded.network, crops, loaded.settings.view)
     assert codes.count == len(source) and len(set(codes.names)) == codes.count
-    assert np.array_equal(codes.rows, expected)
-    assert np.allclose(open_means(codes), means, atol=2e-3)
+    assert np.array_equal(codes.rows, pack_bits(outputs.bits))
+    assert np.allclose(open_means(codes), outputs.mean, atol=2e-3)
     assert 0.2 < np.unpackbits(codes.rows).mean() < 0.8
 
 

@@ -21,10 +21,10 @@ from lvssl.codes.file import open_codes, open_means, open_uncertainty
 from lvssl.codes.quantiser import Quantiser
 from lvssl.commands.main import main
 from lvssl.evaluation.embedding import Embedding, embed
-from lvssl.evaluation.encoder import codes_of
+from lvssl.evaluation.encoder import Encoder
 from lvssl.evaluation.linear import represented
 from lvssl.evaluation.outputs import network_outputs
-from lvssl.evaluation.quantisers import fitted_quantiser
+from lvssl.evaluation.quantisers import fitted_quantiser, own_bits
 from lvssl.models.backbone import BLOCKS
 from lvssl.models.inference import encode, in_batches
 from lvssl.models.network import LVNet
@@ -87,7 +87,7 @@ def test_predictions_are_of_the_features_that_evaluations_embed(loaded, test_set
     model.linear = nn.Linear(width, width)
     nn.init.eye_(model.linear.weight)  # a sum of a feature and zeros is exact
     nn.init.zeros_(model.linear.bias)
-    found, answers = predict(model, test_set, loaded.settings.view, CPU, workers=2)
+    found, answers = predict(model, test_set, loaded.settings.view, workers=2)
     assert np.array_equal(found.numpy(), known.features) and torch.equal(answers, test_set.answers)
 
 
@@ -198,8 +198,8 @@ def test_batches_of_another_size_differ_in_no_other_bit(loaded, crops, logits_an
 
 
 def test_a_query_has_the_code_of_its_image(loaded, crops, logits_and_bound):
-    found = [codes_of(loaded, crop[None])[0] for crop in crops[:50]]
-    assert_same_bits(np.concatenate(found), logits_and_bound)
+    encoder, alone = Encoder(loaded, own_bits(loaded)), in_batches(torch.from_numpy(crops[:50]), 1)
+    assert_same_bits(np.concatenate([part.codes for part in encoder.coded(alone)]), logits_and_bound)
 
 
 def needs_onnx(test: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from lvssl.evaluation.pairs import BEST, pairs, summary
 from lvssl.evaluation.study import plan, shard, study
 from lvssl.report.study import markdown, write_study
 from lvssl.runs.differences import interval, strongest
-from lvssl.runs.rows import COLUMNS, as_csv, by_point, rows_of
+from lvssl.runs.rows import COLUMNS, as_csv, by_point, rows_of_points
 from lvssl.runs.run import create_run
 from lvssl.settings.measure import StudySettings
 from pipelines.errors import InputError
@@ -91,7 +91,7 @@ def made():
             measured = {(m.representation, m.metric) for m in MEASURES.values()}
             for representation, metric in sorted(measured):
                 value = {metric: float(generator.normal() + 3 * (arm == "lv"))}
-                rows += rows_of(value, run=arm, representation=representation, method="", bits=64, seed=seed)
+                rows += rows_of_points(arm, seed, [(representation, "", 64, value)])
     return runs, rows
 
 
@@ -138,9 +138,7 @@ def codes(values):
         row
         for (arm, bits, method), each in values.items()
         for seed, value in enumerate(each)
-        for row in rows_of(
-            {"knn": value}, run=arm, representation="code", method=method, bits=bits, seed=seed
-        )
+        for row in rows_of_points(arm, seed, [("code", method, bits, {"knn": value})])
     ]
 
 
@@ -200,7 +198,8 @@ def test_one_seed_decides_nothing_unless_its_sampling_error_is_known(tmp_path):
 
 def test_rows_of_a_point_are_joined():
     point = {"run": "a", "representation": "code", "method": "ITQ", "bits": 16, "seed": 3}
-    rows = rows_of({"linear": 1.0, "knn": 2.0}, **point) + rows_of({"knn": 4.0}, **point | {"seed": 4})
+    rows = rows_of_points("a", 3, [("code", "ITQ", 16, {"linear": 1.0, "knn": 2.0})])
+    rows += rows_of_points("a", 4, [("code", "ITQ", 16, {"knn": 4.0})])
     assert by_point(rows) == [point | {"linear": 1.0, "knn": 2.0}, point | {"seed": 4, "knn": 4.0}]
     assert as_csv(rows).splitlines()[1] == "a,code,ITQ,16,linear,1.0,3"
 

@@ -6,7 +6,7 @@ import torch.nn as nn
 import torchvision
 from torchvision.models.resnet import BasicBlock
 
-from lvssl.latents import FAMILIES, family
+from lvssl.latents import FAMILIES
 from lvssl.latents.gaussian import Gaussian
 from lvssl.latents.noise import keyed
 from lvssl.models.backbone import RESNETS, SMALL, build_backbone, feature_dim, stage_means, stage_widths
@@ -115,7 +115,7 @@ def test_logits_start_at_the_set_sharpness():
 
 
 def test_calibration_puts_the_thresholds_at_the_exact_mean():
-    head = Head(family("bernoulli"), 5, 5, 4.0)
+    head = Head(LatentSettings(), 5, 5)
     features = torch.randn(1000, 5) * 3 + 7
     head.calibrate(features)
     head.eval()

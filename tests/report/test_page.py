@@ -35,7 +35,7 @@ from lvssl.report.verdict import (
     sampling_noise,
     signed,
 )
-from lvssl.runs.rows import rows_of, rows_of_points
+from lvssl.runs.rows import rows_of_points
 from lvssl.runs.run import create_run
 from lvssl.settings.fields import to_dict
 from lvssl.settings.measure import AnalyseSettings, CompressionSettings, EvaluateSettings
@@ -178,12 +178,10 @@ def write_compression(folder):
         row
         for i, method in enumerate(("code, first bits", "code", "", "LSH", "ITQ"))
         for bits in ((64, 256) if method else (8192,))
-        for row in rows_of(
-            {"linear": 60 + bits / 64 + i, "knn": 61.5 + i, "map_over_hits": 0.4 + i / 100,
-             "raw_pixels": 6272 / bits},
-            run="bernoulli", representation="code" if method else "features", method=method, bits=bits,
-            seed=0,
-        )
+        for row in rows_of_points("bernoulli", 0, [("code" if method else "features", method, bits, {
+            "linear": 60 + bits / 64 + i, "knn": 61.5 + i, "map_over_hits": 0.4 + i / 100,
+            "raw_pixels": 6272 / bits,
+        })])
     ]  # fmt: skip
     content = {"rows": rows, "left_out": ["PQ, 2 bits: <too short>"], "queries": 2000, "database": 10_000}
     content |= {"top_n": 1000, "command": "lvssl compression runs/demo"}
@@ -560,9 +558,7 @@ def test_verdict_by_hand():
 def test_the_strongest_control_of_as_many_bits_is_the_one_compared():
     def row(method, bits, knn, linear):
         kind = "code" if method else "features"
-        return rows_of(
-            {"knn": knn, "linear": linear}, run="r", representation=kind, method=method, bits=bits, seed=0
-        )
+        return rows_of_points("r", 0, [(kind, method, bits, {"knn": knn, "linear": linear})])
 
     code = row("code", 256, 80.0, 80.0)
     rows = row("code, first bits", 64, 99, 99) + row("", 8192, 99, 99) + row("sign", 256, 70, 79)

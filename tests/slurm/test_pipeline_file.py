@@ -14,7 +14,7 @@ from chains import CONVERTED  # type: ignore[import-not-found]
 from lvssl.commands.chain import chain_starts
 from lvssl.commands.main import main
 from lvssl.runs.run import create_run
-from lvssl.settings.fields import runtime
+from lvssl.settings.fields import flat_hints, replaced, runtime
 from lvssl.settings.pretrain import PRESETS, PretrainSettings
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from pipelines.amounts import size_text
@@ -38,7 +38,6 @@ from slurm.records import (
 from slurm.stages import build_stages, digest
 from slurm.status import standings
 from slurm.sweep import write_table
-from slurm.values import flat_hints, replaced
 from slurm.work import awaited, executor
 
 GOLDEN = Path(__file__).with_name("golden_sbatch.txt")

@@ -18,7 +18,8 @@ from pathlib import Path
 from torch._dynamo.utils import counters
 
 from lvssl.settings.pretrain import PRESETS, EngineSettings
-from lvssl.training.pretrain import Interrupted, pretrain
+from lvssl.training.pretrain import pretrain
+from lvssl.training.stopping import Interrupted
 
 
 def main(data: Path, out: Path) -> None:

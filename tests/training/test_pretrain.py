@@ -20,7 +20,9 @@ from lvssl.runs.progress import read_metrics
 from lvssl.runs.run import RESULTS_VERSION, create_run, load_run, run_lock
 from lvssl.settings.fields import from_dict, to_dict
 from lvssl.settings.pretrain import PRESETS, PretrainSettings
-from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
+from lvssl.training.pretrain import pretrain
+from lvssl.training.stopping import Interrupted, Stop
+from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
 from pipelines.loader import LoaderSettings, TwoViewLoader
@@ -123,16 +125,20 @@ def test_a_run_killed_before_its_settings_were_written_begins_again(digits, tmp_
         create_run(settings(digits, tmp_path / "notes"), 10, resume=True)
 
 
-def test_sigterm_saves_and_ends(digits, tmp_path):
-    command = [sys.executable, "-m", "lvssl", "pretrain", "--preset", "digits", "--epochs", "500"]
-    command += ["--data", str(digits["train"]), "--out", str(tmp_path / "run"), "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for_a_checkpoint(tmp_path / "run", process)
+@pytest.mark.parametrize("name", ["pretrain", "study"])
+def test_sigterm_saves_and_ends(name, digits, tmp_path):
+    train, run = digits["train"], tmp_path / ("run" if name == "pretrain" else "none-s0")
+    options = ["--data", train, "--out", run]
+    if name == "study":
+        options = ["--train", train, "--test", digits["test"], "--out", tmp_path, "--arms=none", "--seeds=0"]
+    command = [sys.executable, "-m", "lvssl", name, "--preset", "digits", "--epochs", "500", "--threads", "1"]
+    process = subprocess.Popen([*command, *map(str, options)], stderr=subprocess.PIPE, text=True)
+    wait_for_a_checkpoint(run, process)
     process.terminate()
     assert process.wait(timeout=60) == 143
     message = process.stderr.read()
-    step = int(checkpoint.paths(tmp_path / "run" / "checkpoints")[-1].stem.removeprefix("step-"))
-    assert f"stopped at step {step}, saved" in message
+    step = int(checkpoint.paths(run / "checkpoints")[-1].stem.removeprefix("step-"))
+    assert f"stopped at step {step}, saved" in message and "Traceback" not in message
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(digits, tmp_path, capsys):
