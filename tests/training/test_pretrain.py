@@ -7,19 +7,23 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from devices import on_cpu_and_gpu
 from killed import wait_for_a_checkpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lvssl.runs import checkpoint
 from lvssl.runs.progress import read_metrics
 from lvssl.runs.run import RESULTS_VERSION, create_run, load_run, run_lock
 from lvssl.settings.fields import from_dict, to_dict
-from lvssl.settings.pretrain import PRESETS, PretrainSettings
+from lvssl.settings.pretrain import PRESETS, EngineSettings, PretrainSettings
+from lvssl.training import loop
 from lvssl.training.pretrain import Interrupted, Stop, Trainer, pretrain
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
@@ -53,8 +57,9 @@ def assert_equal_weights(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("family", ["none", "gaussian", "bernoulli"])
 def test_stopped_by_a_signal_and_resumed_it_is_the_undisturbed_run(digits, tmp_path, family):
-    pretrain(settings(digits, tmp_path / "whole", family))
-    stopped = settings(digits, tmp_path / "stopped", family)
+    chosen = {"seed": 3, "order": "quasi-random" if family == "none" else "random"}
+    pretrain(settings(digits, tmp_path / "whole", family, **chosen))
+    stopped = settings(digits, tmp_path / "stopped", family, **chosen)
     for _ in range(2):  # in the first epoch and in the second
         stop = random.Random(0).randrange(3, 9)
         with pytest.raises(Interrupted, match="saved"):
@@ -69,7 +74,8 @@ def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
     """Trains some steps more, then is told to stop as by SIGTERM."""
     source = open_reader(chosen.data)
     create_run(chosen, 10, resume=True)
-    with TwoViewLoader(source, chosen.view, LoaderSettings(chosen.batch_size, chosen.seed, 1)) as loader:
+    reading = LoaderSettings(chosen.batch_size, chosen.seed, 1, order=chosen.order)
+    with TwoViewLoader(source, chosen.view, reading) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"))
         trainer.restore()
         stop, step_of = Stop(), trainer.train_step
@@ -180,6 +186,17 @@ def test_a_checkpoint_is_written_beside_the_training_as_the_state_was(tmp_path, 
     assert found["network"]["w"].stride() == weights.stride() and found["groups"] == [{"lr": 0.1}]
 
 
+def test_who_was_stopped_has_saved(digits, tmp_path, monkeypatch):
+    """It says so once the checkpoint is on the disk, or the disk's error."""
+
+    def full(*_: Any) -> Path:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        interrupted_after(settings(digits, tmp_path / "run", "none"), 1)
+
+
 def test_a_checkpoint_that_could_not_be_written_is_an_error_at_the_next(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     writer = checkpoint.Writer()
@@ -206,8 +223,12 @@ def test_checkpoints_come_by_time_and_not_with_every_epoch(digits, tmp_path, mon
     pretrain(settings(digits, tmp_path / "rare", epochs=4, checkpoint_minutes=60.0))
     assert saved == [10, 40, 40]
     saved.clear()
-    pretrain(settings(digits, tmp_path / "often", epochs=1, checkpoint_minutes=1e-9))
-    assert saved == [*range(1, 11), 10]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=count(0, 20).__next__))  # a step is 20 s
+    engine = EngineSettings(keep=3)
+    pretrain(settings(digits, tmp_path / "often", epochs=1, checkpoint_minutes=1.0, engine=engine))
+    assert saved == [3, 6, 9, 10, 10]
+    kept = checkpoint.paths(tmp_path / "often" / "checkpoints")
+    assert [int(path.stem.removeprefix("step-")) for path in kept] == [6, 9, 10]
 
 
 def test_a_finished_run_is_left_alone(digits, tmp_path):
@@ -233,8 +254,11 @@ def test_metrics_and_configuration_are_there_to_read(digits, tmp_path):
         "probe_code",
     ):
         assert all(isinstance(row[name], float) for row in rows), name
-    assert 0 < rows[0]["rate_bits"] < 64
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert [row["epoch"] for row in rows] == [0.3, 0.6, 0.9, 1.0]
+    assert 0 < rows[0]["rate_bits"] < 64 and 1 < rows[-1]["probe_features"] < 100  # percent
+    assert all(row["images_per_second"] > 0 for row in rows)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [3, 6, 9, 10]
     run = load_run(tmp_path / "run")
     assert run.settings == chosen and run.step == 10 and len(run.digest) == 64
 

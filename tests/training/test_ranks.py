@@ -37,6 +37,7 @@ from lvssl.training.distributed import (
     connected,
     everywhere,
     first_host,
+    from_first,
     world_of,
 )
 from lvssl.training.prepare import prepared
@@ -86,7 +87,7 @@ RUNS = {f"{family}, sgd": {"family": family, "optimiser": "sgd"} for family in F
 RUNS |= {f"bernoulli, {name}": {"family": "bernoulli", "optimiser": name} for name in ("adamw", "lars")}
 RUNS |= {"scaled output": {"family": "none", "optimiser": "sgd", "projector_norm": True}}
 RUNS |= {"vicreg": {"family": "bernoulli", "optimiser": "sgd", "lr": 0.01, "objective": "vicreg"}}
-RUNS |= {"average": {"family": "none", "optimiser": "sgd", "ema": 0.5}}
+RUNS |= {"average, chunk": {"family": "none", "optimiser": "sgd", "ema": 0.5, "chunk": 256}}
 # In fp32 two orders of summation drift apart, and at the rates above past 1e-4 within these five steps: by
 # 7e-3 (sgd), 6e-3 (adamw), 3e-2 (lars). One rank drifts as far (2e-3, 6e-3, 1e-2) from itself when its
 # batch comes in another order, so it is rounding that the steps amplify. A small part of the rate amplifies
@@ -103,7 +104,9 @@ def trained(
     world: World, data: Path, run: dict[str, Any], dtype: torch.dtype = torch.float64, shuffled: bool = False
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Weights and figures after five steps; in fp64 roundings stay too small to grow."""
-    chosen = settings(data, **run)
+    chosen = settings(data, **run)  # two ranks' chunks together are one rank's
+    engine = dataclasses.replace(chosen.engine, chunk=chosen.engine.chunk // world.size)
+    chosen = dataclasses.replace(chosen, engine=engine)
     place = {"rank": world.rank, "ranks": world.size}
     with TwoViewLoader(
         open_reader(data), chosen.view, LoaderSettings(chosen.batch_size, workers=1, **place)
@@ -152,7 +155,8 @@ def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
         found |= {name: trained(world, data, run) for name, run in RUNS.items()}
         if size > 1:
             found |= {"averaged": averaged(rank), "late": late(rank), "verdicts": verdicts(rank)}
-            found |= {"traffic": traffic()}
+            found |= {"traffic": traffic(), "refused": refused(world)}
+            found |= {"apart": trained(world, data, RUNS["none, sgd"] | {"sync_batch_norm": False})}
         normalisations = [normalised(rank, size), normalised(rank, size, frozen=True)]
         torch.save((found, *normalisations, half), folder / f"{rank}-of-{size}.pt")
 
@@ -204,6 +208,18 @@ def verdicts(rank: int) -> list[bool]:
     """What all ranks say, of what each found: both, neither, and either alone."""
     own = (True, False, rank == 0, rank == 1)
     return [bool(everywhere(torch.tensor(verdict))) for verdict in own]
+
+
+def refused(world: World) -> str:
+    """What this rank hears of a mistake that rank 0 finds."""
+
+    def make() -> None:
+        assert world.first
+        raise InputError("no such folder")
+
+    with pytest.raises(InputError) as error:
+        from_first(world, make)
+    return str(error.value)
 
 
 def normalised(
@@ -324,6 +340,15 @@ def test_a_gradient_that_a_rank_does_not_have_is_zero_there(found):
 
 def test_a_verdict_is_of_all_ranks(found):
     assert found[0, 2][0]["verdicts"] == found[1, 2][0]["verdicts"] == [True, False, False, False]
+
+
+def test_what_rank_0_finds_wrong_is_an_error_on_all(found):
+    assert found[0, 2][0]["refused"] == found[1, 2][0]["refused"] == "no such folder"
+
+
+def test_ranks_that_normalise_apart_have_the_running_statistics_of_rank_0(found):
+    (one, _), (other, _) = (found[rank, 2][0]["apart"] for rank in (0, 1))
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):
