@@ -41,6 +41,7 @@ from lvssl.training.distributed import (
     world_of,
 )
 from lvssl.training.prepare import prepared
+from lvssl.training.pretrain import calibrate
 from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
@@ -125,6 +126,17 @@ def trained(
         return (trainer.ema.module if trainer.ema else trainer.network).state_dict(), rows
 
 
+def calibrated(world: World, data: Path) -> list[Tensor]:
+    """Mean and variance at which the code's thresholds lie."""
+    chosen, source = settings(data, "bernoulli", "sgd"), open_reader(data)
+    reading = LoaderSettings(chosen.batch_size, workers=1, rank=world.rank, ranks=world.size)
+    with TwoViewLoader(source, chosen.view, reading) as loader:
+        trainer = Trainer(chosen, 10, loader, torch.device("cpu"), world)
+        trainer.save = lambda: None
+        calibrate(trainer, source)
+    return [trainer.network.head.running(name) for name in ("mean", "var")]
+
+
 def step_without_agreeing(trainer: Trainer, batch: Any) -> dict[str, Tensor]:
     """A step; the hosts exchange nothing to find that their parts are equal."""
     gather = dist.all_gather
@@ -150,6 +162,7 @@ def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
         if size == 1:
             again = {name: trained(world, data, run, torch.float32, True) for name, run in RUNS_FP32.items()}
             found |= {f"{name}, shuffled": result for name, result in again.items()}
+        found["calibrated"] = calibrated(world, data)
         half = normalised(rank, size, dtype=torch.bfloat16)
         torch.Tensor.float = torch.Tensor.double  # what casts to fp32 by itself: heads, losses
         found |= {name: trained(world, data, run) for name, run in RUNS.items()}
@@ -349,6 +362,14 @@ def test_what_rank_0_finds_wrong_is_an_error_on_all(found):
 def test_ranks_that_normalise_apart_have_the_running_statistics_of_rank_0(found):
     (one, _), (other, _) = (found[rank, 2][0]["apart"] for rank in (0, 1))
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_thresholds_are_those_of_all_ranks_images(found):
+    """Two ranks leave one of 1,437 images out; half of them would move the mean of some bit by 0.05."""
+    mean, variance = found[0, 1][0]["calibrated"]
+    for rank in (0, 1):
+        moved = (found[rank, 2][0]["calibrated"][0] - mean) / variance.sqrt()
+        assert moved.abs().max() < 0.01
 
 
 def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):
