@@ -41,8 +41,8 @@ def test_speed_and_waiting_are_those_since_the_last_look(monkeypatch):
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=count(0, 2).__next__))
     loader = SimpleNamespace(waited=7.0)
     meter = ThroughputMeter(100, torch.device("cpu"), loader)
-    for _ in range(2):  # each looks after 2 s
-        meter.steps, loader.waited = meter.steps + 3, loader.waited + 0.5
+    for steps, waited in ((3, 0.5), (5, 1.0)):  # each in 2 s
+        meter.steps, loader.waited = meter.steps + steps, loader.waited + waited
         found = meter.speed()
-        assert (found["images_per_second"], found["data_percent"]) == (150, 25)
+        assert (found["images_per_second"], found["data_percent"]) == (50 * steps, 50 * waited)
         assert 0.01 < found["memory_gib"] < 1000

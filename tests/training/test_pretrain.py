@@ -250,8 +250,9 @@ def test_a_finished_run_is_left_alone(digits, tmp_path):
 def test_metrics_and_configuration_are_there_to_read(digits, tmp_path):
     chosen = settings(digits, tmp_path / "run", epochs=1, log_every=3)
     optimiser = dataclasses.replace(chosen.optimiser, lr_rule="linear")
-    chosen = dataclasses.replace(chosen, optimiser=optimiser)
+    chosen, hook = dataclasses.replace(chosen, optimiser=optimiser), threading.excepthook
     pretrain(chosen)
+    assert threading.excepthook is hook  # the log's sinks are closed
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 9, 10]
     for name in (
