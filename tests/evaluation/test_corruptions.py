@@ -33,6 +33,8 @@ def test_what_the_severities_say(images):
     assert hidden == pytest.approx(0.5, abs=0.03)
     flat = np.full((1, 200, 200, 3), 128, np.uint8)
     assert corrupt(flat, "noise", 2).astype(float).std() == pytest.approx(255 * 0.08, rel=0.02)
+    ramp = np.arange(200, dtype=np.uint8)[None, :, None, None].repeat(200, axis=2).repeat(3, axis=3)
+    assert np.ptp(corrupt(ramp, "crop", 5)) == pytest.approx(200 * 0.12**0.5, abs=2)
     edge = np.zeros((1, side, side, 3), np.uint8)
     edge[:, :, side // 2 :] = 255
     profile = corrupt(edge, "blur", 5)[0, 0, :, 0].astype(float)  # a normal distribution function

@@ -4,13 +4,14 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 
 from lvssl.codes.file import open_codes
 from lvssl.codes.index import Index
 from lvssl.codes.writer import CodeWriter
 from lvssl.commands.main import main
 from lvssl.evaluation import embedding_codes
-from lvssl.evaluation.neighbours import nearest_in_cells
+from lvssl.evaluation.neighbours import nearest_cells, nearest_in_cells
 from lvssl.evaluation.quantisers import stored_quantiser
 from lvssl.runs.embeddings import open_embeddings
 
@@ -110,6 +111,9 @@ def test_neighbours_in_cells_are_nearly_the_exact_ones(monkeypatch):
     rows, found = nearest_in_cells(x, x, z, 10, same=True)
     assert np.allclose(found, np.take_along_axis(cosines, truth, axis=1), atol=1e-5)
     assert np.allclose(np.take_along_axis(cosines, rows, axis=1), found, atol=1e-5)
+    centroids = torch.from_numpy(np.concatenate([unit[:5], 0.1 * unit[5:9]]))  # of unequal length
+    near = torch.cdist(torch.from_numpy(unit), centroids).topk(3, largest=False).indices
+    assert np.mean(nearest_cells(x, z, centroids, 3) == near.numpy()) > 0.999
     monkeypatch.setattr("lvssl.evaluation.neighbours.EXACT", 1000)
     monkeypatch.setattr("lvssl.evaluation.neighbours.IN_A_CELL", 100)
     rows, found = nearest_in_cells(x, x, z, 10, same=True)

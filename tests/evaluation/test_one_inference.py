@@ -30,7 +30,7 @@ from lvssl.models.inference import encode, in_batches
 from lvssl.models.network import LVNet
 from lvssl.runs.labels import LabelledDataset, open_labelled
 from lvssl.runs.run import Run, load_run
-from lvssl.settings.pretrain import PRESETS
+from lvssl.settings.pretrain import PRESETS, EngineSettings
 from lvssl.training.pretrain import calibrate
 from lvssl.training.supervised import Classifier, predict
 from lvssl.training.trainer import Trainer
@@ -106,17 +106,25 @@ def test_code_files_hold_what_evaluations_embed(kind, run, digits, test_set, kno
 
 
 def test_calibration_sees_what_evaluations_embed(digits, tmp_path):
-    settings = dataclasses.replace(PRESETS["digits"], data=digits["train"], out=tmp_path, workers=2)
+    """The network, and the average of its weights that is deployed."""
+    settings = dataclasses.replace(
+        PRESETS["digits"], data=digits["train"], out=tmp_path, workers=2, engine=EngineSettings(ema=0.9)
+    )
     source = open_reader(digits["train"])
     with TwoViewLoader(source, settings.view, LoaderSettings(settings.batch_size, workers=1)) as loader:
         trainer = Trainer(settings, 10, loader, CPU)
-        trainer.network.eval()
-        features = embed(trainer.network, source, settings.view).features
-        expected = copy.deepcopy(trainer.network.head)
-        expected.calibrate(torch.from_numpy(features))
+        networks, heads = (trainer.network.eval(), trainer.ema.module), []
+        torch.nn.init.constant_(trainer.ema.module.backbone[1].bias, 0.1)
+        for network in networks:
+            features = embed(network, source, settings.view).features
+            heads.append(copy.deepcopy(network.head))
+            heads[-1].calibrate(torch.from_numpy(features))
         calibrate(trainer, source)
     for name in ("mean", "var"):
-        assert torch.equal(trainer.network.head.running(name), expected.running(name))
+        found, expected = (
+            [head.running(name) for head in some] for some in ([n.head for n in networks], heads)
+        )
+        assert all(map(torch.equal, found, expected)) and not torch.equal(*expected)
 
 
 # -- other sums ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from scipy.stats import ttest_rel
 
 from benchmarks.study import ARMS, SETTINGS
 from lvssl.commands.main import main
-from lvssl.evaluation.measures import HASHES, MEASURES, code_bits, equal_bit_codes
+from lvssl.evaluation.measures import HASHES, MEASURES, code_bits, equal_bit_codes, of_one_score
 from lvssl.evaluation.pairs import BEST, pairs, summary
 from lvssl.evaluation.study import plan, shard, study
 from lvssl.report.study import markdown, write_study
@@ -130,6 +130,19 @@ def test_the_strongest_method_is_that_of_the_best_mean():
     methods = [{"a": 3.0, "b": 2.0, "c": 9.0}, {"a": 0.0, "b": 2.5}]  # c is not there for every seed
     assert strongest(methods, True) == ("b", [2.0, 2.5]) and strongest(methods, False) == ("a", [3.0, 0.0])
     assert strongest([{"a": float("nan"), "b": -1.0}], False).method == "b"
+
+
+def test_each_measure_has_a_metric_of_its_own_and_a_direction():
+    own = {(m.representation, m.metric, m.own_score) for m in MEASURES.values()}
+    assert len(own) == len(MEASURES)
+    for name, measure in MEASURES.items():
+        assert name.endswith(measure.metric.removesuffix("_over_hits").replace("map_over", "map")), name
+    lower = {name for name, m in MEASURES.items() if not m.higher}
+    assert lower == {"aurc", "latent_aurc", "nll", "brier", "ece"}
+    score = {"r_auroc": 0.1, "aurc": 0.2, "recall_at_1": 0.9, "crops less certain": 0.3, "ood a": 0.4}
+    score |= {"ood b": 0.6, "rank blur": 0.7, "rank crop": 0.9}
+    wanted = {"r_auroc": 0.1, "aurc": 0.2, "crop": 0.3, "ood a": 0.4, "ood b": 0.6}
+    assert of_one_score(score) == pytest.approx(wanted | {"ood": 0.5, "corruption": 0.8})
 
 
 def codes(values):

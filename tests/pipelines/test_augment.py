@@ -30,7 +30,7 @@ def images(count: int, side: int, seed: int = 0) -> torch.Tensor:
     """Smooth colour images with some saturated, black, white and grey pixels: uint8 [N, R, R, 3]."""
     generator = np.random.default_rng(seed)
     coarse = torch.from_numpy(generator.random((count, 3, 5, 5), np.float32))
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=True)
     batch = (smooth * 300 - 20).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
     batch[:, 0, 0], batch[:, 0, 1], batch[:, 1, 0] = 0, 255, 128
     return batch

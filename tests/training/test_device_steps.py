@@ -4,7 +4,9 @@ and nothing in it makes the host wait. The same bodies run on a CPU, where the t
 
 import copy
 import dataclasses
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvssl.latents import FAMILIES, noise
 from lvssl.losses import anchors, ntxent, variants
+from lvssl.models.device import DTYPES
 from lvssl.models.network import LVNet
 from lvssl.runs.labels import open_labelled
 from lvssl.settings.pretrain import (
@@ -26,8 +29,10 @@ from lvssl.settings.pretrain import (
     OptimiserSettings,
     PretrainSettings,
 )
+from lvssl.training import loop
 from lvssl.training import trainer as trainer_module
 from lvssl.training.distributed import World
+from lvssl.training.gradients import clip_gradients
 from lvssl.training.optimiser import build_optimiser, learning_rate, restore_optimiser
 from lvssl.training.pretrain import calibrate
 from lvssl.training.stopping import Stop
@@ -38,6 +43,7 @@ from pipelines.decode import open_reader
 from pipelines.loader import LoaderSettings, TwoViewLoader, ViewBatch
 
 RATES = {"adamw": 2e-3, "sgd": 0.1, "lars": 1.0}
+CLIP = 0.1  # below the norm of any step's gradients here
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +63,7 @@ def one_hot(classes: Tensor, count: int) -> Tensor:
 
 def settings(data: Path, out: Path, optimiser: str = "adamw", **changes: Any) -> PretrainSettings:
     shared: dict[str, Any] = {"log_every": 2, "threads": 1, "workers": 1}
-    chosen = OptimiserSettings(optimiser, RATES[optimiser], warmup_epochs=0, clip=1.0)
+    chosen = OptimiserSettings(optimiser, RATES[optimiser], warmup_epochs=0, clip=CLIP)
     return dataclasses.replace(
         PRESETS["digits"], data=data, out=out, optimiser=chosen, **{**shared, **changes}
     )
@@ -109,11 +115,15 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
     ],
 )
 def test_a_step_that_is_not_finite_changes_nothing(digits, tmp_path, device, optimiser, precision, chunk):
-    """Not the first, where there are no moments yet, nor a later one; and the run goes on."""
-    engine = EngineSettings(ema=0.9, precision=precision, chunk=chunk)
+    """Not the first, where there are no moments yet, nor a later one; and the run goes on, in chunks, by
+    recomputed blocks, in the precision and with the gradients' norm that were asked for."""
+    engine = EngineSettings(ema=0.9, precision=precision, chunk=chunk, recompute=optimiser == "lars")
     trainer, batches = trainer_and_batches(
         settings(digits["train"], tmp_path, optimiser, engine=engine), device, 5
     )
+    backbone, seen, inner = trainer.network.backbone, [], []
+    backbone.register_forward_hook(lambda _, given, made: seen.append((len(given[0]), made.dtype)))
+    backbone[3].conv1.register_forward_hook(lambda *_: inner.append(1))
     for number, batch in enumerate(batches):
         bad = number in (0, 3)
         if bad:
@@ -130,15 +140,27 @@ def test_a_step_that_is_not_finite_changes_nothing(digits, tmp_path, device, opt
         if device == "cuda":
             torch.cuda.synchronize()
         assert trainer.finite.in_a_row() == bad
+        norm = clip_gradients(trainer.parameters).item()  # LARS adapts gradients in place
+        assert bad or optimiser == "lars" or norm == pytest.approx(CLIP, rel=1e-4)
+    parts = 3 if chunk else 1
+    assert len(seen) == len(batches) * (2 * parts if chunk else 1)
+    assert max(images for images, _ in seen) == -(-2 * trainer.settings.batch_size // parts)
+    assert {dtype for _, dtype in seen} == {DTYPES[precision]}
+    assert len(inner) - len(seen) == len(batches) * parts * engine.recompute
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_gradients_that_no_loss_scale_makes_finite_end_a_run(digits, tmp_path, device):
-    """In fp16 those that overflow are a part of the search for a scale, and no failure; but it has an end."""
+    """In fp16 those that overflow are a part of the search for a scale, and no failure, as a loss that isn't
+    finite is; but it has an end. A resumed run goes on with the scale that was found."""
     engine = EngineSettings(precision="fp16")
     trainer, (batch,) = trainer_and_batches(settings(digits["train"], tmp_path, engine=engine), device, 1)
     trainer.parameters[0].register_hook(lambda grad: grad * float("inf"))
-    trainer.scaler = torch.amp.GradScaler(device, init_scale=4.0)
+    trainer.scaler = torch.amp.GradScaler(device, init_scale=8.0)
+    step(trainer, dataclasses.replace(batch, views=batch.views * float("nan")))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    assert trainer.finite.in_a_row() == 1 and trainer.scaler.get_scale() == 4
     with pytest.raises(FloatingPointError, match="the last of 3 in a row: the gradient is not finite"):
         for number in range(8):
             step(trainer, batch)
@@ -146,16 +168,22 @@ def test_gradients_that_no_loss_scale_makes_finite_end_a_run(digits, tmp_path, d
                 torch.cuda.synchronize()
             assert trainer.finite.in_a_row() == max(0, number - 1)
             trainer.between_steps(Stop())
-    assert trainer.step == 5
+    assert trainer.step == 6
+    resumed, _ = trainer_and_batches(trainer.settings, device, 0)
+    resumed.load_state(trainer.state())
+    assert resumed.scaler.state_dict() == trainer.scaler.state_dict()
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd", "lars"])
 def test_both_ways_are_one_training(digits, tmp_path, monkeypatch, optimiser):
     """With the host looking and without: the same weights, in fp64, where roundings stay small."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of heads and losses
-    chosen = settings(digits["train"], tmp_path, optimiser, engine=EngineSettings(ema=0.8))
+    chosen = settings(digits["train"], tmp_path, optimiser, engine=EngineSettings(ema=0.8), seed=5)
     chosen = dataclasses.replace(chosen, latent=LatentSettings("none"))
     one, batches = trainer_and_batches(chosen, "cpu", 4)
+    torch.manual_seed(5)
+    for first, weight in zip(LVNet(chosen.model, chosen.latent, 8).parameters(), one.network.parameters()):
+        assert torch.equal(first, weight)
     other = Trainer(chosen, 10, one.loader, torch.device("cpu"), World(), host_reads=True)
     found = []
     for trainer in (one, other):
@@ -166,6 +194,7 @@ def test_both_ways_are_one_training(digits, tmp_path, monkeypatch, optimiser):
         for batch in batches:
             step(trainer, dataclasses.replace(batch, views=batch.views.double()))
         found.append(everything(trainer))
+        assert trainer.key.item() == noise.key_of(5, 3)
     weights = [name for name in found[1] if name.startswith(("network", "average"))]
     for name in weights:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-7, atol=1e-7)
@@ -478,13 +507,17 @@ def test_no_step_with_labels_waits(digits, tmp_path, device, on, frozen):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("host_reads", [True, False])
-def test_a_step_with_labels_that_is_not_finite_changes_nothing(digits, tmp_path, device, host_reads):
-    """Of fine-tuning; three of them in a row end it, with the indices of the last one's images."""
+def test_a_step_with_labels_that_is_not_finite_changes_nothing(
+    digits, tmp_path, monkeypatch, device, host_reads
+):
+    """Of fine-tuning; three of them in a row end it, with the indices of the last one's images. What it has
+    saved says how long it took, so far."""
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=count(0, 20).__next__))  # a step is 20 s
     train, kind = open_labelled(digits["train"]), torch.device(device)
     model = Classifier(
         LVNet(PRESETS["digits"].model, LatentSettings("none"), 8).to(kind), "features", train, False, 0
     )
-    recipe = Recipe(1, 128, 0.1, 1e-4, 0, 10.0, 1, 1)
+    recipe = Recipe(1, 128, 0.1, 1e-4, 0, 1e-9, 1, 1)
     host_reads = host_reads and device == "cpu"
     view = PRESETS["digits"].view
     training = SupervisedTrainer(tmp_path, model, train, view, recipe, kind, host_reads=host_reads)
@@ -507,6 +540,10 @@ def test_a_step_with_labels_that_is_not_finite_changes_nothing(digits, tmp_path,
         with pytest.raises(FloatingPointError, match="the last of 3 in a row"):
             training.between_steps(Stop())
     assert np.array_equal(np.load(tmp_path / "non_finite_batch.npy"), batch.indices.cpu().numpy())
+    training.writer.wait()
+    resumed = SupervisedTrainer(tmp_path, model, train, view, recipe, kind, host_reads=host_reads)
+    resumed.restore()
+    assert (resumed.step, resumed.seconds) == (4, 80)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ def test_figures_are_counts():
         logits[:, :2], logits[:, 2], logits[:, 3] = -3, 3, 1e-3
         logits[:, 2][:1] = -3
         logits[:, 4:8] = 8 * logits[:, 4:8].sign()
+        logits[::2, 8], logits[1::2, 8] = 0.3, -0.3  # 0.011 nats, which is just active
         return logits
 
     found = figures("bernoulli", three_dead)

@@ -126,7 +126,11 @@ def test_a_run_of_two_ranks_goes_on_with_one(digits, tmp_path):
     chosen = settings(digits["train"], tmp_path / "run", "sgd", engine=EngineSettings())
     assert live(chosen, 7, 2) == [-signal.SIGKILL] * 2
     assert live(chosen) == [0]
-    assert [row["step"] for row in read_metrics(chosen.out / "metrics.jsonl")] == list(range(1, 21))
+    rows = read_metrics(chosen.out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    pretrain(dataclasses.replace(chosen, out=tmp_path / "alone", epochs=1))
+    first = read_metrics(tmp_path / "alone" / "metrics.jsonl")[0]
+    assert rows[0]["loss"] == pytest.approx(first["loss"], rel=1e-3)  # another batch differs by a tenth
 
 
 def test_the_average_is_what_its_formula_says(digits, tmp_path):

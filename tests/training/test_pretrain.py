@@ -7,19 +7,24 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from devices import on_cpu_and_gpu
 from killed import wait_for_a_checkpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lvssl.runs import checkpoint
 from lvssl.runs.progress import read_metrics
-from lvssl.runs.run import RESULTS_VERSION, create_run, load_run, run_lock
+from lvssl.runs.run import RESULTS_VERSION, create_run, load_run, read_config, run_lock
 from lvssl.settings.fields import from_dict, to_dict
-from lvssl.settings.pretrain import PRESETS, PretrainSettings
+from lvssl.settings.pretrain import PRESETS, EngineSettings, PretrainSettings
+from lvssl.training import loop
+from lvssl.training.optimiser import learning_rate
 from lvssl.training.pretrain import pretrain
 from lvssl.training.stopping import Interrupted, Stop
 from lvssl.training.trainer import Trainer
@@ -55,8 +60,9 @@ def assert_equal_weights(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("family", ["none", "gaussian", "bernoulli"])
 def test_stopped_by_a_signal_and_resumed_it_is_the_undisturbed_run(digits, tmp_path, family):
-    pretrain(settings(digits, tmp_path / "whole", family))
-    stopped = settings(digits, tmp_path / "stopped", family)
+    chosen = {"seed": 3, "order": "sequential" if family == "none" else "random"}
+    pretrain(settings(digits, tmp_path / "whole", family, **chosen))
+    stopped = settings(digits, tmp_path / "stopped", family, **chosen)
     for _ in range(2):  # in the first epoch and in the second
         stop = random.Random(0).randrange(3, 9)
         with pytest.raises(Interrupted, match="saved"):
@@ -71,7 +77,8 @@ def interrupted_after(chosen: PretrainSettings, steps: int) -> None:
     """Trains some steps more, then is told to stop as by SIGTERM."""
     source = open_reader(chosen.data)
     create_run(chosen, 10, resume=True)
-    with TwoViewLoader(source, chosen.view, LoaderSettings(chosen.batch_size, chosen.seed, 1)) as loader:
+    reading = LoaderSettings(chosen.batch_size, chosen.seed, 1, order=chosen.order)
+    with TwoViewLoader(source, chosen.view, reading) as loader:
         trainer = Trainer(chosen, 10, loader, torch.device("cpu"))
         trainer.restore()
         stop, step_of = Stop(), trainer.train_step
@@ -111,6 +118,14 @@ def test_a_run_of_another_results_version_is_read_but_not_resumed(digits, tmp_pa
         assert torch.equal(value, network.state_dict()[name])
     with pytest.raises(InputError, match=r"run was started with results version 1, but .* not resumed"):
         pretrain(chosen, resume=True)
+
+
+def test_how_damaged_images_are_treated_may_change_until_one_was_skipped(digits, tmp_path):
+    for on_error in ("raise", "skip"):
+        create_run(settings(digits, tmp_path / "run", on_error=on_error), 10, resume=on_error == "skip")
+        assert read_config(tmp_path / "run")[0].on_error == on_error
+    with pytest.raises(InputError, match="on_error: skip -> raise"):
+        create_run(settings(digits, tmp_path / "run"), 10, resume=True)
 
 
 def test_a_run_killed_before_its_settings_were_written_begins_again(digits, tmp_path):
@@ -186,6 +201,17 @@ def test_a_checkpoint_is_written_beside_the_training_as_the_state_was(tmp_path, 
     assert found["network"]["w"].stride() == weights.stride() and found["groups"] == [{"lr": 0.1}]
 
 
+def test_who_was_stopped_has_saved(digits, tmp_path, monkeypatch):
+    """It says so once the checkpoint is on the disk, or the disk's error."""
+
+    def full(*_: Any) -> Path:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        interrupted_after(settings(digits, tmp_path / "run", "none"), 1)
+
+
 def test_a_checkpoint_that_could_not_be_written_is_an_error_at_the_next(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     writer = checkpoint.Writer()
@@ -212,8 +238,12 @@ def test_checkpoints_come_by_time_and_not_with_every_epoch(digits, tmp_path, mon
     pretrain(settings(digits, tmp_path / "rare", epochs=4, checkpoint_minutes=60.0))
     assert saved == [10, 40, 40]
     saved.clear()
-    pretrain(settings(digits, tmp_path / "often", epochs=1, checkpoint_minutes=1e-9))
-    assert saved == [*range(1, 11), 10]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=count(0, 20).__next__))  # a step is 20 s
+    engine = EngineSettings(keep=3)
+    pretrain(settings(digits, tmp_path / "often", epochs=1, checkpoint_minutes=1.0, engine=engine, log=()))
+    assert saved == [3, 6, 9, 10, 10] and not (tmp_path / "often" / "tensorboard").exists()
+    kept = checkpoint.paths(tmp_path / "often" / "checkpoints")
+    assert [int(path.stem.removeprefix("step-")) for path in kept] == [6, 9, 10]
 
 
 def test_a_finished_run_is_left_alone(digits, tmp_path):
@@ -225,7 +255,10 @@ def test_a_finished_run_is_left_alone(digits, tmp_path):
 
 def test_metrics_and_configuration_are_there_to_read(digits, tmp_path):
     chosen = settings(digits, tmp_path / "run", epochs=1, log_every=3)
+    optimiser = dataclasses.replace(chosen.optimiser, lr_rule="linear")
+    chosen, hook = dataclasses.replace(chosen, optimiser=optimiser), threading.excepthook
     pretrain(chosen)
+    assert threading.excepthook is hook  # the log's sinks are closed
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 9, 10]
     for name in (
@@ -239,8 +272,13 @@ def test_metrics_and_configuration_are_there_to_read(digits, tmp_path):
         "probe_code",
     ):
         assert all(isinstance(row[name], float) for row in rows), name
-    assert 0 < rows[0]["rate_bits"] < 64
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert [row["epoch"] for row in rows] == [0.3, 0.6, 0.9, 1.0]
+    rates = [learning_rate(step - 1, 10, 10, optimiser, chosen.batch_size) for step in (3, 6, 9, 10)]
+    assert [row["lr"] for row in rows] == pytest.approx(rates) and chosen.batch_size != 256
+    assert 0 < rows[0]["rate_bits"] < 64 and 1 < rows[-1]["probe_features"] < 100  # percent
+    assert all(row["images_per_second"] > 0 for row in rows)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [3, 6, 9, 10]
     run = load_run(tmp_path / "run")
     assert run.settings == chosen and run.step == 10 and len(run.digest) == 64
 

@@ -37,9 +37,11 @@ from lvssl.training.distributed import (
     connected,
     everywhere,
     first_host,
+    from_first,
     world_of,
 )
 from lvssl.training.prepare import prepared
+from lvssl.training.pretrain import calibrate
 from lvssl.training.trainer import Trainer
 from pipelines.decode import open_reader
 from pipelines.errors import InputError
@@ -86,7 +88,7 @@ RUNS = {f"{family}, sgd": {"family": family, "optimiser": "sgd"} for family in F
 RUNS |= {f"bernoulli, {name}": {"family": "bernoulli", "optimiser": name} for name in ("adamw", "lars")}
 RUNS |= {"scaled output": {"family": "none", "optimiser": "sgd", "projector_norm": True}}
 RUNS |= {"vicreg": {"family": "bernoulli", "optimiser": "sgd", "lr": 0.01, "objective": "vicreg"}}
-RUNS |= {"average": {"family": "none", "optimiser": "sgd", "ema": 0.5}}
+RUNS |= {"average, chunk": {"family": "none", "optimiser": "sgd", "ema": 0.5, "chunk": 256}}
 # In fp32 two orders of summation drift apart, and at the rates above past 1e-4 within these five steps: by
 # 7e-3 (sgd), 6e-3 (adamw), 3e-2 (lars). One rank drifts as far (2e-3, 6e-3, 1e-2) from itself when its
 # batch comes in another order, so it is rounding that the steps amplify. A small part of the rate amplifies
@@ -103,7 +105,9 @@ def trained(
     world: World, data: Path, run: dict[str, Any], dtype: torch.dtype = torch.float64, shuffled: bool = False
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Weights and figures after five steps; in fp64 roundings stay too small to grow."""
-    chosen = settings(data, **run)
+    chosen = settings(data, **run)  # two ranks' chunks together are one rank's
+    engine = dataclasses.replace(chosen.engine, chunk=chosen.engine.chunk // world.size)
+    chosen = dataclasses.replace(chosen, engine=engine)
     place = {"rank": world.rank, "ranks": world.size}
     with TwoViewLoader(
         open_reader(data), chosen.view, LoaderSettings(chosen.batch_size, workers=1, **place)
@@ -120,6 +124,17 @@ def trained(
             trainer.step += 1
             rows.append(trainer.row(figures))
         return (trainer.ema.module if trainer.ema else trainer.network).state_dict(), rows
+
+
+def calibrated(world: World, data: Path) -> list[Tensor]:
+    """Mean and variance at which the code's thresholds lie."""
+    chosen, source = settings(data, "bernoulli", "sgd"), open_reader(data)
+    reading = LoaderSettings(chosen.batch_size, workers=1, rank=world.rank, ranks=world.size)
+    with TwoViewLoader(source, chosen.view, reading) as loader:
+        trainer = Trainer(chosen, 10, loader, torch.device("cpu"), world)
+        trainer.save = lambda: None
+        calibrate(trainer, source)
+    return [trainer.network.head.running(name) for name in ("mean", "var")]
 
 
 def step_without_agreeing(trainer: Trainer, batch: Any) -> dict[str, Tensor]:
@@ -147,12 +162,14 @@ def rank_of(rank: int, size: int, port: int, data: Path, folder: Path) -> None:
         if size == 1:
             again = {name: trained(world, data, run, torch.float32, True) for name, run in RUNS_FP32.items()}
             found |= {f"{name}, shuffled": result for name, result in again.items()}
+        found["calibrated"] = calibrated(world, data)
         half = normalised(rank, size, dtype=torch.bfloat16)
         torch.Tensor.float = torch.Tensor.double  # what casts to fp32 by itself: heads, losses
         found |= {name: trained(world, data, run) for name, run in RUNS.items()}
         if size > 1:
             found |= {"averaged": averaged(rank), "late": late(rank), "verdicts": verdicts(rank)}
-            found |= {"traffic": traffic()}
+            found |= {"traffic": traffic(), "refused": refused(world)}
+            found |= {"apart": trained(world, data, RUNS["none, sgd"] | {"sync_batch_norm": False})}
         normalisations = [normalised(rank, size), normalised(rank, size, frozen=True)]
         torch.save((found, *normalisations, half), folder / f"{rank}-of-{size}.pt")
 
@@ -204,6 +221,18 @@ def verdicts(rank: int) -> list[bool]:
     """What all ranks say, of what each found: both, neither, and either alone."""
     own = (True, False, rank == 0, rank == 1)
     return [bool(everywhere(torch.tensor(verdict))) for verdict in own]
+
+
+def refused(world: World) -> str:
+    """What this rank hears of a mistake that rank 0 finds."""
+
+    def make() -> None:
+        assert world.first
+        raise InputError("no such folder")
+
+    with pytest.raises(InputError) as error:
+        from_first(world, make)
+    return str(error.value)
 
 
 def normalised(
@@ -324,6 +353,23 @@ def test_a_gradient_that_a_rank_does_not_have_is_zero_there(found):
 
 def test_a_verdict_is_of_all_ranks(found):
     assert found[0, 2][0]["verdicts"] == found[1, 2][0]["verdicts"] == [True, False, False, False]
+
+
+def test_what_rank_0_finds_wrong_is_an_error_on_all(found):
+    assert found[0, 2][0]["refused"] == found[1, 2][0]["refused"] == "no such folder"
+
+
+def test_ranks_that_normalise_apart_have_the_running_statistics_of_rank_0(found):
+    (one, _), (other, _) = (found[rank, 2][0]["apart"] for rank in (0, 1))
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_thresholds_are_those_of_all_ranks_images(found):
+    """Two ranks leave one of 1,437 images out; half of them would move the mean of some bit by 0.05."""
+    mean, variance = found[0, 1][0]["calibrated"]
+    for rank in (0, 1):
+        moved = (found[rank, 2][0]["calibrated"][0] - mean) / variance.sqrt()
+        assert moved.abs().max() < 0.01
 
 
 def test_normalisation_over_unequal_ranks_is_that_of_the_whole_batch(found):
