@@ -12,6 +12,7 @@ import pytest
 
 from lvssl.codes.file import open_codes
 from lvssl.commands.main import main
+from lvssl.runs.run import read_config
 from lvssl.settings.fields import identity
 from lvssl.settings.stages import KnnSettings
 from pipelines.convert.command import main as convert_beton
@@ -283,16 +284,14 @@ def test_more_parts_than_files_may_be_open(beton, kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_set_with_a_name_goes_on_and_is_measured_from_any_folder(lvssl, digits, tmp_path):
+def test_a_run_on_a_set_with_a_name_goes_on_and_is_measured_from_any_folder(digits, tmp_path, monkeypatch):
     """The name used to be taken for a path in the folder of the pretraining."""
-    for words in (
-        ["pretrain", "--preset", "digits", "--epochs", "1", "--data", "sklearn:digits", "--out", "run"],
-        ["pretrain", "--out", "run", "--resume"],
-        ["knn", "run", "--test", digits["test"]],
-    ):
-        done = lvssl(*words, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["data"] == "sklearn:digits"
+    run, small = str(tmp_path / "run"), ["--preset", "digits", "--epochs", "1", "--threads", "1"]
+    assert main(["pretrain", *small, "--data", "sklearn:digits", "--out", run]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", "--out", run, "--resume"]) == 0
+    assert main(["knn", run, "--test", str(digits["test"])]) == 0
+    assert read_config(Path(run))[0].data == Path("sklearn:digits")
     assert identity(KnnSettings(Path("run"), train=Path("sklearn:digits")))["train"] == "sklearn:digits"
 
 
