@@ -57,7 +57,9 @@ def test_bf16_on_a_cpu_that_converts_it_is_noted(digits, tmp_path, monkeypatch, 
     options = ["--data", str(digits["test"]), "--out", str(tmp_path / "run"), "--device", "cpu"]
     small = ["--preset", "digits", "--epochs", "1", "--batch-size", "256", "--precision", "bf16"]
     assert main(["pretrain", *options, *small]) == 0
-    assert ("2 to 10 times as long as fp32: pass --precision fp32" in capfd.readouterr().err) != native
+    assert (
+        "2 to 10 times as long as fp32: begin a new run with --precision fp32" in capfd.readouterr().err
+    ) != native
 
 
 def test_a_model_that_normalises_by_layer_gets_its_recipe():

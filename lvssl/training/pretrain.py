@@ -116,7 +116,7 @@ def run(
             print(describe_groups(trainer.network, settings.optimiser), file=sys.stderr, flush=True)
             if settings.engine.precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
                 said = "this processor converts bf16 numbers, which takes 2 to 10 times as long as fp32"
-                print(f"note: {said}: pass --precision fp32", file=sys.stderr, flush=True)
+                print(f"note: {said}: begin a new run with --precision fp32", file=sys.stderr, flush=True)
         trainer.restore()
         trainer.train(stop)
         if not trainer.calibrated:
