@@ -36,7 +36,7 @@ from lvssl.models.inference import Batches, in_batches
 from lvssl.runs.labels import names_of, readable, say_notes
 from lvssl.runs.run import Run
 from lvssl.settings.fields import beyond_defaults
-from pipelines.datasets.parts import files_of
+from pipelines.datasets.parts import files_of, is_by_name
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.decode.images import ImageReader
 from pipelines.decode.on_cpu import TABLES_AND_TARS
@@ -251,7 +251,7 @@ def require_arithmetic(index: CodeFile, run: Run) -> None:
 def holds_many(path: Path) -> bool:
     """Return whether a query is a set of images or their codes, rather than a single image."""
     ends = (".lvcodes", ".beton", ".txt", *TABLES_AND_TARS)
-    return path.is_dir() or path.suffix.lower() in ends
+    return path.is_dir() or is_by_name(path) or path.suffix.lower() in ends
 
 
 def joined(parts: list[Queries]) -> Queries:

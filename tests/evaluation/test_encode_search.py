@@ -544,6 +544,13 @@ def test_a_query_of_many_images_is_known_by_its_ending(name):
     assert holds_many(Path(name)) and not holds_many(Path(f"{name}.jpg"))
 
 
+def test_a_set_that_has_a_name_can_be_the_query(run, pictures, tmp_path):
+    out, page = tmp_path / "a.lvcodes", tmp_path / "found.html"
+    assert lvssl("encode", run, "--images", pictures, "--out", out) == 0
+    given = ["--codes", out, "--query", "sklearn:digits", "--k", 1]
+    assert lvssl("search", run, *given, "--images", pictures, "--page", page) == 0 and page.is_file()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss isn't installed")
 def test_auto_counts_the_images_that_are_fitted_on(run, pictures, tmp_path):
     """The run has more than 256, the folder 150; an export knows what was fitted, and its own set no more."""
