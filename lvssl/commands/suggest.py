@@ -51,7 +51,7 @@ def suggest(data: Path, source: str, device: str, backbone: str, epochs: int) ->
     images = open_reader(data, source, str(chosen))
     side = median_side(images)
     where = f"{cores()} CPU cores" if not memory else f"a GPU of {memory / GIB:.0f} GiB"
-    settings = suited(len(images), side, memory, backbone, epochs, multiplies_bf16())
+    settings = suited(len(images), side, memory, backbone, epochs, bool(multiplies_bf16()))
     return settings, f"{len(images):,} images of {side} px on {where}"
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import platform
 import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -102,11 +103,14 @@ def encoding_precision(engine: EngineSettings, device: torch.device) -> torch.dt
     return precision(engine, device) if device.type == "cuda" else torch.float32
 
 
-def multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool | None:
     """Whether this x86 processor has instructions for products of bf16 numbers: it trains ResNets about twice
-    as fast in these (docs/training.md). Others convert each number, which is slower than fp32."""
+    as fast in these (docs/training.md). Others convert each number, which is slower than fp32. None if that
+    isn't known: on other processors, and not on Linux."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:  # not on Linux
-        return False
+    except OSError:
+        return None
+    if platform.machine() != "x86_64":
+        return None
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)

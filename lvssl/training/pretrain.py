@@ -114,7 +114,7 @@ def run(
             ranks = f"{world.size} ranks, " if world.size > 1 else ""
             print(f"pretrain {settings.out.name}: {ranks}on {device}, augmented by {form}", file=sys.stderr)
             print(describe_groups(trainer.network, settings.optimiser), file=sys.stderr, flush=True)
-            if settings.engine.precision == "bf16" and device.type == "cpu" and not multiplies_bf16():
+            if settings.engine.precision == "bf16" and device.type == "cpu" and multiplies_bf16() is False:
                 said = "this processor converts bf16 numbers, which takes 2 to 10 times as long as fp32"
                 print(f"note: {said}: begin a new run with --precision fp32", file=sys.stderr, flush=True)
         trainer.restore()
