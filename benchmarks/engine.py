@@ -55,7 +55,9 @@ from pipelines.files import write_json
 from pipelines.loader import TwoViewLoader, ViewBatch
 
 CLASSES, LOG_EVERY = 10, 10
-PARTS = ("overhead", "precision", "matrix", "exchange")
+# Parts in this process: the engine's steps by name, with their precision.
+HERE = {"overhead": {"engine": "auto"}, "precision": {"fp32": "fp32", "bf16": "bf16"}}
+PARTS = (*HERE, "matrix", "exchange")
 Step = Callable[[ViewBatch], None]
 
 
@@ -73,7 +75,7 @@ def main(arguments: list[str]) -> None:
     settings = settings_of(options)
     result = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     for part in options.part:
-        found: Any = HERE[part](settings, options) if part in HERE else on_ranks(part, settings, options)
+        found: Any = here(part, settings, options) if part in HERE else on_ranks(part, settings, options)
         result = with_part(result, part, found, options)
         if options.json:
             write_json(options.json, result)
@@ -178,32 +180,22 @@ def bare_step(settings: PretrainSettings, device: torch.device) -> Step:
 
 
 def overhead(settings: PretrainSettings, options: argparse.Namespace) -> dict[str, Any]:
-    return compared(settings, options, lambda engine, bare: {"engine": engine(), "bare loop": bare()})
+    """The part of that name, as `benchmarks.before` calls it in an earlier tree, too."""
+    return here("overhead", settings, options)
 
 
-def precisions(settings: PretrainSettings, options: argparse.Namespace) -> dict[str, Any]:
-    return compared(settings, options, lambda engine, _: {name: engine(name) for name in ("fp32", "bf16")})
-
-
-HERE = {"overhead": overhead, "precision": precisions}  # parts in this process
-
-
-def compared(
-    settings: PretrainSettings,
-    options: argparse.Namespace,
-    forms_of: Callable[[Callable[..., Step], Callable[[], Step]], dict[str, Step]],
-) -> dict[str, Any]:
-    """The rows of two forms, and the ratio of their medians. `forms_of` makes them from the engine's step, at
-    a precision, and the bare loop's."""
+def here(part: str, settings: PretrainSettings, options: argparse.Namespace) -> dict[str, Any]:
+    """The rows of a part's two forms, and the ratio of their medians."""
     torch.set_num_threads(options.threads)
     device, world = pick_device(options.device), World()
     with tempfile.TemporaryDirectory() as folder:
-
-        def engine(precision: str = "auto") -> Step:
+        forms = {}
+        for name, precision in HERE[part].items():
             chosen = replace(settings, engine=EngineSettings(precision=precision), out=Path(folder))
-            return engine_step(Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world))
-
-        forms = forms_of(engine, lambda: bare_step(settings, device))
+            trainer = Trainer(chosen, CLASSES, cast(TwoViewLoader, Batches()), device, world)
+            forms[name] = engine_step(trainer)
+        if part == "overhead":
+            forms["bare loop"] = bare_step(settings, device)
         times = in_turns(forms, batches(settings, device, world), options.rounds, device)
     found: dict[str, Any] = {name: timing(seconds) for name, seconds in times.items()}
     for name in forms:

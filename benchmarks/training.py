@@ -19,7 +19,6 @@ imports and compilation; processor seconds, of all processes, hardly depend on o
 import dataclasses
 import importlib
 import os
-import resource
 import statistics
 import sys
 import time
@@ -44,9 +43,9 @@ from lvssl.runs.run import load_run, versions
 from lvssl.settings.pretrain import LatentSettings, PretrainSettings, preset
 from lvssl.training.pretrain import pretrain
 from pipelines.cores import cores
-from pipelines.decode import Reader, open_reader
+from pipelines.decode import open_reader
 from pipelines.errors import InputError
-from pipelines.loader import evaluation_batches
+from pipelines.loader import evaluation_crops
 
 SIDES = ("lvssl", "lightly")
 MEASURES = ("knn", "probe")
@@ -81,7 +80,8 @@ def main(arguments: list[str]) -> None:
         device="cpu",
         latent=LatentSettings(family="none", objective="ntxent"),
     )
-    images = pixels(train, settings)
+    whole = dataclasses.replace(settings.view, evaluation_crop=1.0)  # of square images
+    images = evaluation_crops(train, whole, np.arange(len(train)))
     train_with: dict[str, Callable[[PretrainSettings], LVNet]] = {
         "lvssl": ours,
         "lightly": lambda chosen: theirs(chosen, images, options.workers),
@@ -187,27 +187,17 @@ class Pairs(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.images[index]))
 
 
-def pixels(source: Reader, settings: PretrainSettings) -> np.ndarray:
-    """All images, uint8 [N, R, R, 3]: the whole of each if it is square."""
-    whole = dataclasses.replace(settings.view, evaluation_crop=1.0)
-    return torch.cat([crops.clone() for crops, _ in evaluation_batches(source, whole)]).numpy()
-
-
 def timed(
     trained: Callable[[PretrainSettings], LVNet], settings: PretrainSettings
 ) -> tuple[LVNet, dict[str, float]]:
-    start, used = time.perf_counter(), processor_seconds()
+    """The network, and (wall-clock, processor) seconds, of this process and those that it has ended."""
+    start, before = time.perf_counter(), os.times()
     network = trained(settings)
+    taken, after = time.perf_counter() - start, os.times()
     return network, {
-        "seconds": round(time.perf_counter() - start, 2),
-        "processor_seconds": round(processor_seconds() - used, 2),
+        "seconds": round(taken, 2),
+        "processor_seconds": round(sum(after[:4]) - sum(before[:4]), 2),
     }
-
-
-def processor_seconds() -> float:
-    """Of this process and those of its children that have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def accuracies(train: Embedding, test: Embedding) -> dict[str, float]:

@@ -107,10 +107,10 @@ def multiplies_bf16() -> bool | None:
     """Whether this x86 processor has instructions for products of bf16 numbers: it trains ResNets about twice
     as fast in these (docs/training.md). Others convert each number, which is slower than fp32. None if that
     isn't known: on other processors, and not on Linux."""
+    if platform.machine() != "x86_64":
+        return None
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
-        return None
-    if platform.machine() != "x86_64":
         return None
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)

@@ -156,6 +156,9 @@ def _on_threads(crops: np.ndarray, table: np.ndarray, view: ViewSettings) -> Ten
         part = slice(start, start + share)
         cpu.augment_into(crops[part], table[part], view, out[part])
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(0, len(crops), share)))
+    if len(crops) <= share:  # starting a thread takes longer than augmenting a small image
+        run(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, range(0, len(crops), share)))
     return torch.from_numpy(out).permute(0, 3, 1, 2)

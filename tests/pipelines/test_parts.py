@@ -283,7 +283,6 @@ def test_more_parts_than_files_may_be_open(beton, kind, tmp_path):
     assert done.stdout.split()[0] == "2400" and done.stdout.split()[2] == "1"
 
 
-@pytest.mark.slow
 def test_a_run_on_a_set_with_a_name_goes_on_and_is_measured_from_any_folder(digits, tmp_path, monkeypatch):
     """The name used to be taken for a path in the folder of the pretraining."""
     run, small = str(tmp_path / "run"), ["--preset", "digits", "--epochs", "1", "--threads", "1"]
@@ -295,6 +294,7 @@ def test_a_run_on_a_set_with_a_name_goes_on_and_is_measured_from_any_folder(digi
     assert identity(KnnSettings(Path("run"), train=Path("sklearn:digits")))["train"] == "sklearn:digits"
 
 
+@pytest.mark.slow
 def test_commands_take_parts_for_the_merged_file(lvssl, digits, tmp_path):
     """Training, codes, kNN and resuming: whether a set is one file or three makes no difference."""
     for k in (1, 2, 3):
