@@ -7,9 +7,9 @@
 
 The key holds everything that the numbers depend on: another checkpoint, set, view or arithmetic gets another
 folder. Any number of processes, be they ranks or commands, can fill a store together: each takes a part that
-no other has, under a lock that the system releases if the process is killed. Parts start on page boundaries
-of the file, so that machines which share it over a network never write the same page. Parts that were done
-before a kill are kept.
+no other has, under a lock that the system releases if the process is killed. Parts of two machines may share
+a page of the file, and an NFS client sends the whole page with what it takes for the other's bytes, unless
+the file is opened with O_DSYNC. Parts that were done before a kill are kept.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from pipelines.errors import InputError
 from pipelines.files import sync, write_atomically, write_json, written_aside
 from pipelines.lock import lock
 
-PART = 8192  # images computed, or lost to a kill, together: whole batches, and whole pages of any array
-HEAD = 4096  # bytes before the numbers of an array: a page
+PART = 8192  # images computed, or lost to a kill, together: whole batches
+HEAD = 4096  # bytes before the numbers of an array
 WAIT = 1.0  # seconds between two checks of what other processes compute
 
 Arrays = dict[str, np.ndarray]  # by name, with a row for each image
@@ -153,9 +153,8 @@ class Store:
                 f"{path}: not enough space: {size_text(size)} are needed, {size_text(free)} are free; "
                 f"free some, or link {self.folder.parent} to another disk"
             )
-        with open(path, "ab"):
-            pass
-        with open(path, "r+b") as file:
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DSYNC, 0o666)
+        with open(number, "wb") as file:  # which doesn't truncate an open file
             file.write(npy_head(values.dtype, (self.count, *values.shape[1:])))
             file.seek(HEAD + first * values[0].nbytes)
             file.write(np.ascontiguousarray(values).data)

@@ -1,6 +1,7 @@
 """The store of features: the same numbers as anew, once, whatever stops it and whoever helps."""
 
 import inspect
+import os
 import signal
 import subprocess
 import sys
@@ -121,6 +122,19 @@ def test_a_store_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch
     store.fill(rest)
     assert rest.computed == [1024]
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_no_write_sends_another_machines_bytes_along(tmp_path):
+    """An NFS client extends a write to the whole page, of 4 to 64 KB, unless its file has O_DSYNC; another
+    machine may be writing to the same page."""
+    opened: list[tuple[object, int]] = []
+    listening = [True]  # a hook can't be removed
+    sys.addaudithook(lambda name, told: opened.append(told[::2]) if listening and name == "open" else None)
+    Store(tmp_path, {}, 100).fill(Numbers())
+    listening.clear()
+    flags = [flags for path, flags in opened if str(path) == str(tmp_path / "x.npy")]
+    to_write = [each for each in flags if each & (os.O_WRONLY | os.O_RDWR)]
+    assert to_write and all(each & os.O_DSYNC for each in to_write)
 
 
 def stopped(_: float) -> None:
