@@ -152,6 +152,23 @@ def test_without_torch_the_others_are_still_reported(tmp_path):
     assert pieces["numba"].startswith("ok") and pieces["disk"]
 
 
+def test_a_gpu_that_torch_does_not_use_is_said(tmp_path):
+    """It has no usable driver, or torch is a build for CPUs, as PyPI's for aarch64 before 2.11."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    code = (
+        "import torch, lvssl.commands.doctor as doctor\n"
+        "for torch.version.cuda in ('13.0', None):\n    print(doctor.check_torch())"
+    )
+    for path, status in ((str(tmp_path), "low"), (os.devnull, "ok")):
+        env = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=env)
+        lines = done.stdout.splitlines()
+        assert len(lines) == 2 and all(f"status='{status}'" in line for line in lines), done.stdout
+        assert ("driver" in lines[0]) == ("builds for CUDA" in lines[1]) == (status == "low")
+
+
 def test_dali_is_optional_and_its_extra_follows_torchs_cuda():
     code = BLOCK.format(names={"nvidia.dali"}).replace(
         "sys.exit(main())",

@@ -211,13 +211,16 @@ def check_torch() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        if torch.version.cuda and shutil.which("nvidia-smi"):
-            why = (
-                f"nvidia-smi exists, but torch (CUDA {torch.version.cuda}) sees no GPU: "
-                "is the driver too old?"
-            )
-            return Check("torch", LOW, f"{base.found}, CPU only", why, "nvidia-smi")
-        return Check("torch", OK, f"{base.found}, CPU only")
+        found = f"{base.found}, CPU only"
+        if not shutil.which("nvidia-smi"):
+            return Check("torch", OK, found)
+        if torch.version.cuda:
+            why = f"torch (CUDA {torch.version.cuda}) sees no GPU: is the driver too old?"
+            return Check("torch", LOW, found, f"nvidia-smi exists, but {why}", "nvidia-smi")
+        why = (
+            "this torch is built for CPUs alone: uninstall torch and torchvision, and install builds for CUDA"
+        )
+        return Check("torch", LOW, found, f"nvidia-smi exists, but {why}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     kinds = ", ".join(f"{devices.count(kind)} x {kind}" for kind in dict.fromkeys(devices))
     return Check("torch", OK, f"{base.found}, CUDA {torch.version.cuda}, {kinds}")
