@@ -4,10 +4,10 @@ only.
     make bundle OUT=DIR [TARGET=3.12] [DATA=PATH] [WITH="lightly kornia numba"]     here, with network
     python DIR/bundle.py unpack FOLDER --source CHECKOUT                            there, without
 
-`gather` collects wheels for the given Python version, libturbojpeg from its Debian package and, on request,
-data, copied unchanged. The wheels are the small ones that a machine with torch tends to lack; `--with NAME`
-adds another dependency of pyproject.toml (`--with all`: all except torch and its dependencies) or a peer of
-the benchmarks.
+`gather` collects wheels for the given Python version and this machine's architecture, libturbojpeg from its
+Debian package and, on request, data, copied unchanged. The wheels are the small ones that a machine with
+torch tends to lack; `--with NAME` adds another dependency of pyproject.toml (`--with all`: all except torch
+and its dependencies) or a peer of the benchmarks.
 
 `unpack` puts them into FOLDER and checks them (`check` only checks): every dependency must import in the
 required version, under the Python that runs this script, and libturbojpeg must decode an image. The exports
@@ -148,7 +148,8 @@ def seal(out: Path, python: str, modules: dict[str, str], requirements: dict[str
     files: dict[str, tuple[int, str]] = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file() and path.name != MANIFEST):
         files[path.relative_to(out).as_posix()] = (path.stat().st_size, digest(path))
-    content = {"python": python, "modules": modules, "requirements": requirements, "files": files}
+    content = {"python": python, "machine": platform.machine(), "modules": modules}
+    content |= {"requirements": requirements, "files": files}
     (out / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
     for name, (size, _) in files.items():
         say(f"{size / 2**20:8.2f} MiB  {name}")
@@ -236,6 +237,9 @@ def probe(target: Path) -> int:
         missing += 1
         here = "{}.{}".format(*sys.version_info)
         say(f"missing: {wheel} is for Python {manifest['python']}, this is {here}: make bundle TARGET={here}")
+    if (machine := manifest["machine"]) != (here := platform.machine()):
+        missing += 1
+        say(f"missing: compiled pieces are for {machine}, this is {here}: make the bundle on such a machine")
     why = library_fails(target / LIBRARY)
     missing += bool(why)
     say(f"missing: libturbojpeg: {why}" if why else f"ok       libturbojpeg {target / LIBRARY}")

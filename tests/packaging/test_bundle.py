@@ -1,6 +1,8 @@
 """Unpacking and checking an offline bundle, made here of two tiny wheels; `gather` needs a network."""
 
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -100,6 +102,16 @@ def test_each_missing_piece_has_its_line(made):
     ]  # fmt: skip
     assert missing[0].endswith("1.2 is there, tinyone>=1.10,<2 is needed")
     assert "No module named 'tinytwo'" in missing[1] and f"make bundle TARGET={HERE}" in missing[2]
+
+
+def test_a_bundle_for_another_architecture_is_said(made):
+    """The library's own error is that it doesn't exist."""
+    manifest = json.loads((made / "bundle.json").read_text())
+    assert manifest["machine"] == platform.machine()
+    (made / "bundle.json").write_text(json.dumps(manifest | {"machine": "pdp11"}))
+    status, _, lines = unpack(made)
+    said = f"missing: compiled pieces are for pdp11, this is {platform.machine()}: make the bundle on such"
+    assert status == 1 and any(line.startswith(said) for line in lines)
 
 
 def test_a_package_that_brings_python_down_is_named_by_the_line_before_it(made):
