@@ -8,6 +8,8 @@ written to another file and renamed.
 import dataclasses
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -79,9 +81,14 @@ def driver() -> str:
 
 
 def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    """The name of its model, by lscpu: /proc/cpuinfo has no names on ARM."""
+    english = os.environ | {"LC_ALL": "C"}
+    try:
+        said = subprocess.run("lscpu", capture_output=True, text=True, timeout=20, env=english).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return platform.machine()
+    names = re.findall(r"^ *Model name: *(\w.*)", said, re.MULTILINE)
+    return ", ".join(names) or platform.machine()
 
 
 class Report:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import triton_kernels
 from benchmarks import gpu, gpu_study
 from benchmarks.gpu_stages import commands, predictions, steps, study, suite
 from benchmarks.gpu_stages.case import Setup
-from benchmarks.gpu_stages.run import Report, Stage, run_stages
+from benchmarks.gpu_stages.run import Report, Stage, processor, run_stages
 from lvssl.settings.pretrain import PRESETS, EngineSettings
 from pipelines.errors import InputError
 
@@ -34,6 +35,15 @@ def rows_of(tmp_path: Path, stages: list[Stage], seconds: float) -> list[dict]:
     written = json.loads(path.read_text())
     assert written["head"] == 1 and all(row.items() >= CARD.items() for row in written["rows"])
     return written["rows"]
+
+
+def test_a_processor_has_a_name_on_arm_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert processor() == platform.machine()  # no lscpu
+    lines = "Architecture: aarch64", "Vendor ID: ARM", "  Model name:       Neoverse-V2", "    Model: 0"
+    (tmp_path / "lscpu").write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    (tmp_path / "lscpu").chmod(0o755)
+    assert processor() == "Neoverse-V2"
 
 
 def test_what_fails_hangs_or_dies_costs_a_row(tmp_path):
