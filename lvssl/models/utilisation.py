@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lvssl.models.backbone import build_backbone
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12}  # dense bf16, the makers' figures
+# Dense bf16, the makers' figures.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "L4": 121e12}
 VARIANTS = {"H100 PCIe": 756e12, "H100 NVL": 835e12}  # likewise, of cards whose names contain another's
 
 COMPILED_FROM_SIDE = 128  # px

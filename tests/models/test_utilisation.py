@@ -20,7 +20,7 @@ def test_operations_are_the_published_ones(backbone, published):
 def test_what_a_card_can_do_at_best_is_found_by_its_name(monkeypatch):
     cuda = torch.device("cuda")
     known = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12}
-    known |= {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": None}
+    known |= {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": None, "NVIDIA GH200 480GB": 989e12}
     for name, flops in known.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert utilisation.peak_flops(cuda) == flops
