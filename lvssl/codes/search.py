@@ -19,6 +19,7 @@ from pipelines.cores import cores
 
 CHUNK_BYTES = 64 << 20  # of the database at a time
 QUERY_BLOCK = 4096  # queries that go through the database together
+BUFFERS = 256 << 20  # bytes, at most, if threads take parts of the rows
 SPARE = 64  # places of a buffer beyond 2 k, so that for a small k it isn't pruned all the time
 
 T = TypeVar("T")
@@ -125,16 +126,17 @@ def hamming_distances(queries: np.ndarray, database: np.ndarray, threads: int = 
 def nearest_keys(queries: np.ndarray, database: np.ndarray, k: int, width: int, threads: int) -> np.ndarray:
     """Return the sorted keys, int64 [Q, k], of the k nearest rows by the first `width` bytes.
 
-    The queries are divided among the threads. If there are fewer queries than threads, each thread takes a
-    part of the rows instead, with buffers of its own, which are merged.
+    The queries are divided among the threads. If there are fewer queries than threads, the rows are divided,
+    too, into as many parts as have room for buffers of their own, which are merged.
     """
-    workers = thread_count(threads)
-    parts = 1 if len(queries) >= workers else workers
+    workers, places = thread_count(threads), 2 * k + SPARE
+    room = BUFFERS // (8 * places * len(queries) or 1)
+    parts = 1 if len(queries) >= workers else min(workers, max(1, room))
     query_words = words(queries[:, :width])
     best = np.empty((len(queries), k), np.int64)
     for start in range(0, len(queries), QUERY_BLOCK):
         block = query_words[start : start + QUERY_BLOCK]
-        keys = np.full((parts, len(block), 2 * k + SPARE), np.iinfo(np.int64).max)
+        keys = np.full((parts, len(block), places), np.iinfo(np.int64).max)
         held = np.zeros((parts, len(block)), np.int64)
         limits = np.full((parts, len(block)), np.iinfo(np.uint64).max)
 
@@ -149,14 +151,11 @@ def nearest_keys(queries: np.ndarray, database: np.ndarray, k: int, width: int, 
             hamming.scan(block[rows], chunk, first, keys[part, rows], held[part, rows], limits[part, rows], k)
 
         for first, chunk in chunks(database):
-            if parts == 1:
-                tasks = [(0, rows, first, chunk) for rows in slices(len(block), workers)]
-            else:
-                everyone = slice(0, len(block))
-                tasks = [
-                    (part, everyone, first + rows.start, chunk[rows])
-                    for part, rows in enumerate(slices(len(chunk), parts))
-                ]
+            tasks = [
+                (part, some, first + rows.start, chunk[rows])
+                for part, rows in enumerate(slices(len(chunk), parts))
+                for some in slices(len(block), workers // parts)
+            ]
             in_threads(take, tasks)
         for part in range(parts):  # keys that were pruned from a buffer lie behind its end
             keys[part][np.arange(keys.shape[2]) >= held[part][:, None]] = np.iinfo(np.int64).max

@@ -1,5 +1,7 @@
 """Hamming search against brute force, with ties, odd widths and shapes at the blocks' edges."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,6 +67,21 @@ def test_chunks_and_threads_change_nothing(monkeypatch, q):
     for threads in (1, 3):
         chunked = hamming_search(queries, database, 40, threads=threads)
         assert np.array_equal(chunked[0], whole[0]) and np.array_equal(chunked[1], whole[1])
+
+
+def test_memory_does_not_grow_with_the_square_of_the_threads(monkeypatch):
+    """15 queries by 16 threads: with buffers for a part of the rows, for five, and for one a thread."""
+    bits = random_bits(15, 64, 7), random_bits(3000, 64, 8)
+    whole, (queries, database) = brute_force(*bits, 500), map(pack_bits, bits)
+    peaks = []
+    for parts in (16, 1, 5, 16):  # the first compiles
+        monkeypatch.setattr(search, "BUFFERS", parts * 8 * 15 * (2 * 500 + search.SPARE))
+        tracemalloc.start()
+        found = hamming_search(queries, database, 500, threads=16)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert np.array_equal(found[0], whole[0]) and np.array_equal(found[1], whole[1])
+    assert 2 * peaks[1] < peaks[2] and 2 * peaks[2] < peaks[3]
 
 
 def test_equal_codes_come_in_the_order_of_their_rows():
