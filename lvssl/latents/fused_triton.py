@@ -42,15 +42,12 @@ def _uniforms(key, row, d, call):
 def _hits(key, row, d, p, COUNT: tl.constexpr):
     """How many of COUNT uniforms lie below p."""
     total = p * 0
-    for call in tl.static_range((COUNT + 3) // 4):
+    for call in range((COUNT + 3) // 4):
         u0, u1, u2, u3 = _uniforms(key, row, d, call)
         total += tl.where(u0 < p, 1.0, 0.0)
-        if 4 * call + 1 < COUNT:
-            total += tl.where(u1 < p, 1.0, 0.0)
-        if 4 * call + 2 < COUNT:
-            total += tl.where(u2 < p, 1.0, 0.0)
-        if 4 * call + 3 < COUNT:
-            total += tl.where(u3 < p, 1.0, 0.0)
+        total += tl.where((u1 < p) & (4 * call + 1 < COUNT), 1.0, 0.0)
+        total += tl.where((u2 < p) & (4 * call + 2 < COUNT), 1.0, 0.0)
+        total += tl.where((u3 < p) & (4 * call + 3 < COUNT), 1.0, 0.0)
     return total
 
 
@@ -72,19 +69,16 @@ def _turn(u):
 def _mean_normal(key, row, d, COUNT: tl.constexpr):
     """Mean of COUNT normals for each dimension."""
     total = (d * 0).to(tl.float32)
-    for call in tl.static_range((COUNT + 3) // 4):
+    for call in range((COUNT + 3) // 4):
         u0, u1, u2, u3 = _uniforms(key, row, d, call)
         radius = tl.sqrt(-2 * tl.log(1 - u0))
         cosine, sine = _turn(u1)
         total += radius * cosine
-        if 4 * call + 1 < COUNT:
-            total += radius * sine
+        total += tl.where(4 * call + 1 < COUNT, radius * sine, 0.0)
         radius = tl.sqrt(-2 * tl.log(1 - u2))
         cosine, sine = _turn(u3)
-        if 4 * call + 2 < COUNT:
-            total += radius * cosine
-        if 4 * call + 3 < COUNT:
-            total += radius * sine
+        total += tl.where(4 * call + 2 < COUNT, radius * cosine, 0.0)
+        total += tl.where(4 * call + 3 < COUNT, radius * sine, 0.0)
     return total / COUNT
 
 
@@ -199,15 +193,12 @@ def categorical_kernel(
         p = soft * (1 - SHARE) + SHARE / K
         upto = tl.cumsum(p, 1)
         total = p * 0
-        for call in tl.static_range((COUNT + 3) // 4):
+        for call in range((COUNT + 3) // 4):
             u0, u1, u2, u3 = _uniforms(key, row, g, call)
             total += _picked(u0, upto, K)
-            if 4 * call + 1 < COUNT:
-                total += _picked(u1, upto, K)
-            if 4 * call + 2 < COUNT:
-                total += _picked(u2, upto, K)
-            if 4 * call + 3 < COUNT:
-                total += _picked(u3, upto, K)
+            total += tl.where(4 * call + 1 < COUNT, _picked(u1, upto, K), 0.0)
+            total += tl.where(4 * call + 2 < COUNT, _picked(u2, upto, K), 0.0)
+            total += tl.where(4 * call + 3 < COUNT, _picked(u3, upto, K), 0.0)
         tl.store(sample + place, total / COUNT, mask=(g < G)[:, None])
         h_sum += tl.where(g < G, -tl.sum(p * tl.log(p), 1), 0.0)
     h = tl.sum(h_sum, 0)

@@ -22,11 +22,11 @@ KERNELS = {
 }
 
 
-def compiled(kernel, options: dict, capability: int) -> dict:
+def compiled(kernel, options: dict, capability: int, count: int = 4) -> dict:
     options = dict(options)
     warps = options.pop("num_warps")
     if "COUNT" in kernel.arg_names:
-        options["COUNT"] = 4
+        options["COUNT"] = count
     integers = {name: "i32" for name in ("D", "G", "width", "size", "stream")}
     pointers = POINTERS | ({"out": "*fp64"} if kernel is noise_triton.log_gammas_kernel else {})
     signature = (
@@ -50,6 +50,9 @@ def main() -> None:
             for kernel in kernels:
                 for capability in (80, 90):
                     print(json.dumps(compiled(kernel, options, capability)), flush=True)
+    options = fused_triton.options(family("gaussian"), 2048)
+    for kernel in KERNELS["gaussian"]:  # of many samples: unrolled, they took minutes and spilled
+        print(json.dumps(compiled(kernel, options, 90, count=64)), flush=True)
     options = {"PROPOSALS": GAMMA_PROPOSALS, "BLOCK": noise_triton.BLOCK, "num_warps": 4}
     for capability in (80, 90):
         print(json.dumps(compiled(noise_triton.log_gammas_kernel, options, capability)), flush=True)
