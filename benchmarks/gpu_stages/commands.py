@@ -35,12 +35,15 @@ SECOND = (
     "evaluate run --train {train} --test {test} --control control",
     "linear run --train {train} --test {test}",
     "knn run --train {train} --test {test}",
-    "finetune run --train {train} --test {test} --label-fraction 0.5 --epochs 1 --lr 0.05 --weight-decay 0",
+    "finetune run --train {train} --test {test} --label-fraction 0.5 --epochs 1 --min-steps 20 --lr 0.05 "
+    "--weight-decay 0",
     "analyse run --train {train} --test {test} --control control",
     "compression run --train {train} --test {test} --control control",
     "encode run --train {train} --images {test} --bits 32 --code itq --out itq.lvcodes",
     "curate run --train {train} --test {test} --out curated",
     "export run --out exported",
+    "pretrain --preset {preset} --data {train} --out compiled --compile on --epochs 1 --batch-size {batch} "
+    "--workers 2",
     "pretrain --resume --out control",
     "doctor run",
     "plan --preset {preset}",
