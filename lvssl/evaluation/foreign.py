@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lvssl.evaluation.stage import note_without_effect
 from lvssl.evaluation.streamed import probed
 from lvssl.models.device import claim, pick_device
 from lvssl.runs.embeddings import Embeddings, open_pair_of_embeddings
+from lvssl.runs.labels import SAME
 from lvssl.runs.progress import peak_memory
 from lvssl.runs.result import ResultFile
 from lvssl.settings.stages import KnnSettings, LinearSettings
@@ -41,6 +43,8 @@ def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> tup
     result = ResultFile(path, name, settings, f"{train.digest[:32]}{test.digest[:32]}")
     if (done := result.found()) is not None:
         return path, done
+    if train.digest == test.digest:
+        print(f"note: {SAME}", file=sys.stderr, flush=True)
     device, started = pick_device(settings.device), time.monotonic()
     claim(device)
     if settings.threads:

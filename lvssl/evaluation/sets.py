@@ -14,7 +14,7 @@ import numpy as np
 from lvssl.codes.statistics import compression_ratios
 from lvssl.evaluation.corruptions import OUT_OF_DISTRIBUTION
 from lvssl.evaluation.embedding import LARGE_SET, Embedding, embedded
-from lvssl.runs.labels import Subset, open_pair, say_notes, sibling_test_set
+from lvssl.runs.labels import Subset, open_pair, say_if_same, say_notes, sibling_test_set
 from lvssl.runs.rows import FOREIGN
 from lvssl.runs.run import Run, require_classes_of, require_same_classes, training_set
 from pipelines.datasets.dataset import evenly_spaced
@@ -37,6 +37,7 @@ def labelled_pair(run: Run, control: Run | None, train: Path | None, test: Path)
     if train is None:
         require_classes_of(run, found[0], run.settings.data)
     say_notes(*found)
+    say_if_same(*found)
     return found
 
 

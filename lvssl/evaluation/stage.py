@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lvssl.models.device import claim, encoding_precision, pick_device, precision
 from lvssl.runs.identity import describe_set, other_set
-from lvssl.runs.labels import LabelledDataset, check_pair, open_labelled, say_notes, sibling_test_set
+from lvssl.runs.labels import (
+    LabelledDataset,
+    check_pair,
+    open_labelled,
+    say_if_same,
+    say_notes,
+    sibling_test_set,
+)
 from lvssl.runs.progress import peak_memory
 from lvssl.runs.result import ResultFile, read_result
 from lvssl.runs.run import Run, load_run, require_classes_of, training_set, versions
@@ -59,6 +66,7 @@ class Stage(Generic[Settings]):
         check_pair(train, test)
         if self.world.first:
             say_notes(train.source, test.source)
+            say_if_same(train.source, test.source)
         return train, test
 
     @property

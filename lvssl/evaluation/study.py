@@ -26,7 +26,7 @@ from lvssl.evaluation.measures import (
 from lvssl.evaluation.pairs import pairs, summary
 from lvssl.evaluation.quantisers import own_bits
 from lvssl.evaluation.sets import Sampling
-from lvssl.runs.labels import open_pair
+from lvssl.runs.labels import open_pair, say_if_same
 from lvssl.runs.result import as_number, read_result
 from lvssl.runs.rows import Row
 from lvssl.runs.run import load_run, versions
@@ -63,7 +63,7 @@ def study(settings: StudySettings) -> dict[str, Any] | None:
         if not (chosen.out / "config.json").exists():
             chosen.require_used()
     jpeg.read_up_to(settings.max_pixels)
-    open_pair(settings.train, settings.test)
+    say_if_same(*open_pair(settings.train, settings.test))
     for path in settings.ood:
         open_reader(path)
     lengths = tuple(sorted({code_bits(chosen) for chosen in plans}))

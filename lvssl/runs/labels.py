@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lvssl.models.inference import BATCH
+from lvssl.runs.identity import describe_set
 from lvssl.runs.progress import with_progress
 from pipelines.datasets.beton import stored_names
 from pipelines.datasets.dataset import by_name, numbers_alone
@@ -27,6 +28,8 @@ from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.errors import InputError
 from pipelines.loader import Replacements, evaluation_batches
 from pipelines.views import ViewSettings
+
+SAME = "the test images are the training images: the figures say nothing about other images"
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,14 @@ def say_notes(*sources: Reader) -> None:
     """Print on stderr what sets leave out, and what else the user should know about them, each note once."""
     for note in dict.fromkeys(note for source in sources for note in getattr(source, "notes", ())):
         print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def say_if_same(train: Reader, test: Reader) -> None:
+    """Print a note if the test images are the training images, whatever their formats."""
+    if len(train) == len(test):
+        one, other = (describe_set(source, labelled=False)["digest"] for source in (train, test))
+        if one == other:
+            print(f"note: {SAME}", file=sys.stderr, flush=True)
 
 
 def open_labelled(

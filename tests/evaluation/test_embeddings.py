@@ -80,6 +80,15 @@ def test_a_result_is_found_again_and_other_embeddings_are_told_apart(made, tmp_p
         assert "already holds a result for other settings (checkpoint: " in capsys.readouterr().err
 
 
+def test_test_embeddings_that_are_the_training_embeddings_are_noted(made, tmp_path, capsys):
+    for split, (x, y) in made.items():
+        write("npy", tmp_path, split, x, y)
+    for test, expected in (("train", True), ("test", False)):
+        paths = [str(tmp_path / name) for name in ("train.npy", f"{test}.npy", f"{test}-knn.json")]
+        assert main(["knn", paths[0], "--test", paths[1], "--out", paths[2]]) == 0
+        assert ("the test images are the training images" in capsys.readouterr().err) == expected
+
+
 def test_a_file_that_was_replaced_is_read_anew(made, tmp_path):
     """It is as long as before, as embeddings of another model of that width are."""
     x, y = made["test"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,11 @@ from lvssl.commands.main import main
 from lvssl.evaluation.finetune import finetune
 from lvssl.evaluation.linear import linear
 from lvssl.evaluation.nearest import knn
+from lvssl.evaluation.sets import labelled_pair
+from lvssl.evaluation.study import study
 from lvssl.runs.labels import open_labelled, readable
+from lvssl.runs.run import load_run
+from lvssl.settings.measure import StudySettings
 from lvssl.settings.pretrain import PRESETS
 from lvssl.settings.stages import FinetuneSettings, KnnSettings, LinearSettings
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
@@ -130,6 +135,19 @@ def test_a_source_that_cannot_read_the_set_is_refused(run, folders, digits, caps
     sets = ["--train", str(digits["train"]), "--test", str(digits["test"])]
     assert main(["knn", str(run), "--source", "beton", *sets]) == 0
     assert main(["knn", str(run), *sets]) == 0, "another reader is no other work"
+
+
+def test_test_images_that_are_the_training_images_are_noted(run, digits, tmp_path, capsys):
+    copied = Path(shutil.copy(digits["train"], tmp_path / "test.beton"))
+    for test, expected in ((copied, 1), (digits["test"], 0)):
+        for measure in (
+            lambda test=test: knn(KnnSettings(run, test=test, out=tmp_path / f"{test.parent.name}.json")),
+            lambda test=test: labelled_pair(load_run(run), None, None, test),
+            lambda test=test: study(StudySettings(digits["train"], test, "digits", ood=(tmp_path / "none",))),
+        ):
+            with suppress(InputError):  # of the study, at its other images
+                measure()
+            assert capsys.readouterr().err.count("the test images are the training images") == expected
 
 
 def test_what_takes_long_says_how_far_it_is(run, monkeypatch, capsys):
