@@ -416,7 +416,7 @@ def opened(
 ) -> Opened:
     """Open any images that `Model.encode` accepts. Raises InputError, also while the batches are read."""
     if isinstance(images, str | Path) and holds_many(Path(images)):
-        if Path(images).suffix == ".lvcodes":
+        if Path(images).suffix.lower() == ".lvcodes":
             raise InputError(f"{images}: holds codes, not images")
         source, names = image_set(Path(images))
         view = run.settings.view

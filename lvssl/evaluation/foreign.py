@@ -38,7 +38,7 @@ def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> tup
     settings = replace(settings, train=train.path, test=test.path, on_error="raise")
     folder = settings.run if settings.run.is_dir() else settings.run.parent
     path = settings.out or folder / f"{name}.json"
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         path = path / "result.json"
     result = ResultFile(path, name, settings, f"{train.digest[:32]}{test.digest[:32]}")
     if (done := result.found()) is not None:

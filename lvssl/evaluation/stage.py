@@ -165,7 +165,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
         settings, train=train, test=settings.test or sibling_test_set(train), on_error=run.reading(settings)
     )
     path = settings.out or settings.run / result
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         path = path / "result.json"
     stage = Stage(name, settings, run, path, None, device, world)
     if isinstance(settings, TrainingSettings):  # otherwise the encoder keeps the run's own precision

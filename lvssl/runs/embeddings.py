@@ -55,7 +55,7 @@ class Embeddings:
 def is_embeddings(path: Path) -> bool:
     """Whether a path given in place of a run is a file of embeddings, or a folder with those of training
     images."""
-    return path.suffix in ENDS or (
+    return path.suffix.lower() in ENDS or (
         path.is_dir() and not (path / "config.json").exists() and bool(_train(path))
     )
 
@@ -85,14 +85,14 @@ def require_same_width(known: Embeddings, asked: Embeddings) -> None:
 
 def training_file(given: Path) -> Path:
     """Return `given`, or the training file in that folder, such as train.npy. InputError if there is none."""
-    path = given if given.suffix in ENDS else _train(given)
+    path = given if given.suffix.lower() in ENDS else _train(given)
     if path is None:
         raise InputError(f"{given}: contains no embeddings of training images: pass them with --train")
     return path
 
 
 def _train(folder: Path) -> Path | None:
-    named = [folder / f"train{end}" for end in ENDS] + [folder / "train"]
+    named = [folder / f"train{end}" for end in (*ENDS, *map(str.upper, ENDS), "")]
     return next((path for path in named if path.exists()), None)
 
 
@@ -100,9 +100,9 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
     """Open the embeddings of one file or folder (see above). Unless `labelled`, a .npy file or a folder needs
     no labels, which are then -1. InputError if something is missing or damaged, or the numbers of features
     and labels differ."""
-    beside = path / "labels.npy" if path.is_dir() else path.with_name(f"{path.stem}-labels.npy")
+    beside = path / "labels.npy" if path.is_dir() else path.with_name(f"{path.stem}-labels{path.suffix}")
     try:
-        if path.suffix in (".safetensors", ".parquet"):
+        if path.suffix.lower() in (".safetensors", ".parquet"):
             features, labels = _converted(path)
         else:
             features = mapped(path / "features.npy" if path.is_dir() else path)
@@ -138,7 +138,7 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
 def _converted(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
-    count, read = (_safetensors if path.suffix == ".safetensors" else _parquet)(path)
+    count, read = (_safetensors if path.suffix.lower() == ".safetensors" else _parquet)(path)
     if not count:
         raise InputError(f"{path}: contains no embeddings")
     stat = path.stat()

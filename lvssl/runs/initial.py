@@ -85,7 +85,7 @@ def _read(model: ModelSettings, resolution: int, what: str) -> Mapping[str, Tens
             if is_exported(path) or not (path / "model.safetensors").exists():
                 return load_encoder(path, torch.device("cpu")).network.backbone.state_dict()
             path = path / "model.safetensors"
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
         for key in WITHIN:

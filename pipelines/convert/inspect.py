@@ -29,7 +29,7 @@ def inspect(path: str | Path, sheet: str | Path) -> str:
     if not begins_with(sheet, (PNG,)):
         raise InputError(f"--sheet {sheet}: exists and isn't a PNG; name another file to write")
     lines = []
-    if path.is_file() and path.suffix != ".tar":
+    if path.is_file() and path.suffix.lower() != ".tar":
         beton = open_beton(path)
         source = open_beton_source(path)
         raw = int((beton.modes != 0).sum())

@@ -69,7 +69,7 @@ def verify(path: str | Path, workers: int | None = None, progress: bool = False)
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file")
-    tars = path.is_dir() or path.suffix == ".tar"
+    tars = path.is_dir() or path.suffix.lower() == ".tar"
     folder = path if path.is_dir() else path.parent
     manifest, rows = read_manifest(folder / "manifest.json" if tars else path.with_name(path.name + ".json"))
     verdict = Verdict(path, manifest["count"])

@@ -38,7 +38,7 @@ def remarks(source: Dataset) -> list[str]:
 
 def in_order_of(source: Dataset, path: Path) -> Dataset:
     """Put the classes in the order given by a manifest, or by a text file with one name per line."""
-    names = names_among(content_of(path), "classes") if path.suffix == ".json" else _lines(path)
+    names = names_among(content_of(path), "classes") if path.suffix.lower() == ".json" else _lines(path)
     if names is None:
         raise InputError(f"{path}: no manifest with classes")
     if not source.classes:

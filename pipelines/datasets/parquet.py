@@ -23,7 +23,7 @@ from pipelines.datasets.columns import IMAGES, LABELS, Columns, as_text, finite,
 from pipelines.datasets.dataset import Dataset, by_name, check_labels, labelled
 from pipelines.datasets.folders import files_of_split, is_folder
 from pipelines.datasets.names import Names
-from pipelines.datasets.recognise import left_by_a_system, split_of_file
+from pipelines.datasets.recognise import ending_in, left_by_a_system, split_of_file
 from pipelines.errors import InputError, first_line
 from pipelines.formats import jpeg
 
@@ -69,14 +69,10 @@ def _with_tables(folder: Path, depth: int) -> dict[str, list[Path]]:
 def _tables(folder: Path) -> list[Path]:
     """The tables right in a folder, without the cache-*.arrow files in which `datasets` keeps its results."""
     with os.scandir(folder) as entries:
-        if not any(each.name.endswith(ENDS) for each in islice(entries, ENTRIES)):
+        if not any(each.name.lower().endswith(ENDS) for each in islice(entries, ENTRIES)):
             return []
-    return sorted(
-        path
-        for end in ENDS
-        for path in folder.glob(f"*{end}")
-        if not left_by_a_system(path.name) and not path.name.startswith("cache-")
-    )
+    found = ending_in(folder, *ENDS)
+    return [path for path in found if not left_by_a_system(path.name) and not path.name.startswith("cache-")]
 
 
 def open_tables(

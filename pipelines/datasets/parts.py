@@ -24,7 +24,7 @@ def files_of(path: str | Path) -> list[Path]:
     """The files that a path names, in the order of the set. A path that is neither a pattern nor a list names
     itself, whether it exists or not; a pattern that matches nothing names none."""
     text, path = str(path), Path(path)
-    if path.suffix == ".txt" and path.is_file():
+    if path.suffix.lower() == ".txt" and path.is_file():
         try:
             lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +53,7 @@ def unquoted(arguments: Sequence[str]) -> str:
     """An error message for arguments that contain a pattern's files, expanded by a shell; empty otherwise."""
     for end, each in itertools.groupby(arguments, lambda argument: Path(argument).suffix):
         files = [argument for argument in each if Path(argument).is_file()]
-        if end in (".beton", ".tar", ".parquet", ".arrow") and len(files) > 1:
+        if end.lower() in (".beton", ".tar", ".parquet", ".arrow") and len(files) > 1:
             same = itertools.takewhile(lambda letters: len({*letters}) == 1, zip(*files))
             pattern = "'" + "".join(letters[0] for letters in same).rstrip("0123456789") + f"*{end}'"
             return f"{len(files)} files where one set is named: put the pattern in quotes, such as {pattern}"

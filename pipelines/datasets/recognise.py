@@ -1,9 +1,11 @@
-"""Recognise images, splits and system files by the names and first bytes of files and folders."""
+"""Recognise images, splits and system files by the names, in any case, and first bytes of files."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
@@ -40,6 +42,11 @@ def left_by_a_system(name: str) -> bool:
 
 def has_image_name(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
+
+
+def ending_in(folder: Path, *ends: str) -> list[Path]:
+    """The files of a folder whose names end so, in any case, sorted."""
+    return sorted(folder / name for name in os.listdir(folder) if name.lower().endswith(ends))
 
 
 def is_image(head: bytes) -> bool:

@@ -20,7 +20,7 @@ from pipelines.datasets.columns import numbered
 from pipelines.datasets.dataset import Dataset, labelled
 from pipelines.datasets.folders import files_of_split
 from pipelines.datasets.parts import parts_of
-from pipelines.datasets.recognise import LeftOut, left_by_a_system, split_of_folder
+from pipelines.datasets.recognise import LeftOut, ending_in, left_by_a_system, split_of_folder
 from pipelines.errors import InputError
 from pipelines.formats.manifest import content_of, manifest_path, read_columns, require_columns
 from pipelines.formats.openfiles import OpenFiles
@@ -34,12 +34,12 @@ def open_shards(path: Path) -> Dataset | None:
     Raises:
         InputError: an index can't be read or isn't its tar's, a tar is cut short, or an image has no class.
     """
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else parts_of(path)
+    shards = ending_in(path, ".tar") if path.is_dir() else parts_of(path)
     shards = [shard for shard in shards if not left_by_a_system(shard.name)]
     split, notes = None, list[str]()
     if path.is_dir() and shards:
         shards, split, notes = files_of_split(path, shards, None)
-    if not shards or not all(s.suffix == ".tar" and s.with_suffix(".idx").is_file() for s in shards):
+    if not shards or not all(s.suffix.lower() == ".tar" and s.with_suffix(".idx").is_file() for s in shards):
         return None
     files = OpenFiles()
     opened = [tars.Tar(shard, files) for shard in shards]

@@ -84,7 +84,7 @@ def open_tars(
     first = next((member for member in tars[0].members() if not _of_a_system(member.name)), None)
     if first is None:
         raise InputError(f"{paths[0]}: this tar contains no files")
-    if first.name.endswith(".tar"):
+    if first.name.lower().endswith(".tar"):
         opened = _tar_of_tars(source, tars, named or split or "train")
     elif imagenet.is_validation_name(first.name):
         opened = _validation(source, tars, devkit)
@@ -417,7 +417,7 @@ def _tar_of_tars(source: str, tars: list[Tar], split: str) -> Dataset:
     system, others = by_a_system(), LeftOut("no tars")
     for which, tar in enumerate(tars):
         for member in _own(tar.members(), system):
-            if member.name.endswith(".tar"):
+            if member.name.lower().endswith(".tar"):
                 classes.append(Path(member.name).stem)
                 inner = sorted(tar.inner(member).members())
                 found.append((classes[-1], which, list(_own(inner, system, where=f"{member.name}:"))))

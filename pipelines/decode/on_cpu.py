@@ -14,7 +14,7 @@ def open_files(path: str | Path, kind: str = "auto") -> Reader:
     if kind == "auto":
         kind = "folder" if _holds_images(Path(path)) else "beton"
     if kind == "folder":
-        if Path(path).suffix == ".beton":
+        if Path(path).suffix.lower() == ".beton":
             raise InputError(f"{path}: a .beton can only be read by --source beton or auto")
         from pipelines.decode.images import ImageReader
 
@@ -26,8 +26,9 @@ def open_files(path: str | Path, kind: str = "auto") -> Reader:
 
 def _holds_images(path: Path) -> bool:
     """Whether the path holds plain images: a folder, tars, a table of them, or torchvision:NAME."""
-    if path.is_dir() or path.suffix == ".beton":
+    end = path.suffix.lower()
+    if path.is_dir() or end == ".beton":
         return path.is_dir()
-    if path.suffix == ".txt":
-        return any(file.suffix != ".beton" for file in files_of(path))
-    return path.suffix.lower() in TABLES_AND_TARS or is_by_name(path)
+    if end == ".txt":
+        return any(file.suffix.lower() != ".beton" for file in files_of(path))
+    return end in TABLES_AND_TARS or is_by_name(path)

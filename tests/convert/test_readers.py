@@ -12,6 +12,7 @@ from made_images import SHARED, class_folders, decoded, encoded, photos, pixels
 from made_sets import tar_of
 
 from lvssl.commands.demo import fashion_mnist
+from lvssl.evaluation.encoder import image_set
 from pipelines.convert.conversion import ConvertOptions, convert
 from pipelines.datasets.columns import Columns
 from pipelines.datasets.folders import unlabelled_images
@@ -495,3 +496,10 @@ def test_names_of_files_may_be_in_capitals(tmp_path):
     for kind in ("CSV", "JSONL", "PARQUET", "ARROW", "TAR"):
         path = tmp_path / f"SET.{kind}"
         assert open_dataset(str(path)).read(0) == open_reader(path).encoded(0, 0) == data, kind
+        (tmp_path / "LIST.TXT").write_text(f"SET.{kind}\n")
+        assert open_reader(tmp_path / "LIST.TXT").encoded(0, 0) == data, kind
+        if kind in ("PARQUET", "ARROW", "TAR"):
+            (folder := tmp_path / f"only-{kind}").mkdir()
+            path.rename(folder / path.name)
+            assert open_dataset(str(folder)).read(0) == open_reader(folder).encoded(0, 0) == data, kind
+            assert image_set(folder)[0].encoded(0, 0) == data, kind

@@ -16,7 +16,7 @@ from lvssl.evaluation import foreign, streamed
 from lvssl.evaluation.knn import weighted_knn
 from lvssl.evaluation.probe import linear_probe
 from lvssl.runs import features
-from lvssl.runs.embeddings import open_embeddings
+from lvssl.runs.embeddings import is_embeddings, open_embeddings, open_pair_of_embeddings
 from pipelines.errors import InputError
 
 
@@ -62,6 +62,18 @@ def test_a_folder_of_embeddings_stands_in_a_runs_place(kind, made, tmp_path, mon
     assert linear["probe"] == "logistic" and knn["data"]["images"] == 900
     printed = capsys.readouterr().out
     assert "knn on features: top-1" in printed and f"written: {tmp_path / 'linear.json'}" in printed
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "parquet"])
+def test_the_names_of_embeddings_may_end_in_capitals(kind, made, tmp_path):
+    for split, (x, y) in made.items():
+        write(kind, tmp_path, split, x, y)
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_suffix(path.suffix.upper()))
+    for given in (tmp_path, tmp_path / f"train.{kind.upper()}"):
+        assert is_embeddings(given)
+        train, test = open_pair_of_embeddings(given, None, None)
+        assert np.array_equal(train.features, made["train"][0]) and len(test.labels) == 300
 
 
 def test_a_result_is_found_again_and_other_embeddings_are_told_apart(made, tmp_path, capsys):
