@@ -26,6 +26,8 @@ from pipelines.formats.manifest import content_of, manifest_path, read_columns, 
 from pipelines.formats.openfiles import OpenFiles
 from pipelines.formats.webdataset import tars_of
 
+_MEMBER = re.compile(r"(.+?) (\d+) (\d+) ((?:.*?\.)?\1)(?: |$)", re.IGNORECASE | re.ASCII)
+
 
 def open_shards(path: Path) -> Dataset | None:
     """Open a tar, a folder of tars or several (see `parts`); None unless each tar has its index, and the
@@ -92,14 +94,12 @@ def _groups(tar: tars.Tar, index: Path) -> Iterator[list[tars.Member]]:
 
 
 def _members(line: str) -> list[tars.Member]:
-    """Parse a line of an index, "extension offset size name" repeated. Raises ValueError."""
-    fields = line.split(" ")
-    if len(fields) % 4:
-        raise ValueError(f"a line says {line[:60]!r}")
-    members = [
-        tars.Member(name, int(at), int(size)) for _, at, size, name in zip(*(fields[i::4] for i in range(4)))
-    ]
-    if any(member.offset < tars.BLOCK or member.size < 0 for member in members):
+    """Parse a line of an index, "extension offset size name" repeated; names may contain blanks, and
+    extensions too: "b v1.0 c.jpg" has "0 c.jpg". Raises ValueError."""
+    found = _MEMBER.findall(line)
+    members = [tars.Member(name, int(at), int(size)) for _, at, size, name in found]
+    whole = " ".join(map(" ".join, found)) == line
+    if not whole or any(member.offset < tars.BLOCK for member in members):
         raise ValueError(f"a line says {line[:60]!r}")
     return members
 

@@ -191,6 +191,26 @@ def test_the_index_of_a_tar_whose_headers_split_long_names(tmp_path):
     assert open_reader(tmp_path / "a.tar").names[0] == f"a.tar:{name}"
 
 
+def test_the_index_of_a_tar_whose_names_have_blanks(tmp_path):
+    """Extensions begin at the first dot, as in wds2idx, and therefore have blanks too."""
+    data = io.BytesIO()
+    Image.new("RGB", (8, 9)).save(data, "JPEG")
+    stems, lines = ["at the beach/IMG 0001 (1)", "jpg 1 2", "plain"], []
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number, stem in enumerate(stems):
+            line = []
+            for end, content in (("v1.0 c.JPG", data.getvalue()), ("v1.0 c.cls", b"%d" % number)):
+                info = tarfile.TarInfo(f"{stem}.{end}")
+                info.size = len(content)
+                line.append(f"{end} {archive.offset + 512} {info.size} {info.name}")
+                archive.addfile(info, io.BytesIO(content))
+            lines.append(" ".join(line))
+    (tmp_path / "a.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+    opened = shards.open_shards(tmp_path / "a.tar")
+    assert opened.names == [f"a.tar:{stem}.v1.0 c.JPG" for stem in stems]
+    assert opened.labels.tolist() == [0, 1, 2] and opened.read(1) == data.getvalue()
+
+
 def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
     def damaged(name: str, content: bytes) -> str:
         copy = tmp_path / "tars"
