@@ -1,5 +1,6 @@
 """Run a command so that the system's errors, a closed or full stdout among them, are one line at most."""
 
+import errno
 import io
 import os
 import select
@@ -9,6 +10,7 @@ from typing import TypeVar
 
 from pipelines.errors import in_words
 
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)  # errno of an OSError: repeating it wouldn't help
 CLOSED = 141  # exit status of a command whose reader has gone, as of one that SIGPIPE ends
 Arguments = TypeVar("Arguments")
 
@@ -17,8 +19,8 @@ def run(command: Callable[[Arguments], int | None], arguments: Arguments) -> int
     """Run a command and write what it has printed, so that a failure to do so is the command's.
 
     Returns the exit status: the command's, None counts as 0; CLOSED if the reader of stdout, such as `head`,
-    has closed it; 1, after one line on stderr, for another OSError (disk full, no permission). Any other
-    exception of the command is raised.
+    has closed it; after one line on stderr, 2 if a file's permissions refuse, 1 for another OSError (disk
+    full). Any other exception of the command is raised.
     """
     _prepare()
     try:
@@ -34,7 +36,7 @@ def run(command: Callable[[Arguments], int | None], arguments: Arguments) -> int
         if closed:
             return CLOSED
         print(f"error: {in_words(error)}", file=sys.stderr)
-        return 1
+        return 2 if error.errno in NO_PERMISSION else 1
     return status
 
 

@@ -322,18 +322,20 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path):
     assert more.count("'my demo/bernoulli'") == 2
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (OSError(errno.ENOSPC, "No space left", "run/report.html"), "run/report.html: No space left"),
-    (OSError("torch can't be loaded"), "torch can't be loaded"),
-    (OSError(errno.ENOSPC, "No space left"), "No space left"),
-    (OSError(errno.EXDEV, "Invalid link", b"a", None, b"b"), "a -> b: Invalid link"),
-    (OSError(errno.EBADF, "Bad file descriptor", 7), "Bad file descriptor"),
+@pytest.mark.parametrize(("error", "status", "said"), [
+    (OSError(errno.ENOSPC, "No space left", "run/report.html"), 1, "run/report.html: No space left"),
+    (OSError("torch can't be loaded"), 1, "torch can't be loaded"),
+    (OSError(errno.ENOSPC, "No space left"), 1, "No space left"),
+    (OSError(errno.EXDEV, "Invalid link", b"a", None, b"b"), 1, "a -> b: Invalid link"),
+    (OSError(errno.EBADF, "Bad file descriptor", 7), 1, "Bad file descriptor"),
+    (OSError(errno.EACCES, "Permission denied", "run"), 2, "run: Permission denied"),
+    (OSError(errno.EROFS, "Read-only file system", "run"), 2, "run: Read-only file system"),
 ])  # fmt: skip
-def test_what_the_system_refuses_is_a_line_with_the_files_name(error, said, capsys):
+def test_what_the_system_refuses_is_a_line_with_the_files_name(error, status, said, capsys):
     def command(arguments):
         raise error
 
-    assert guarded(command, []) == 1
+    assert guarded(command, []) == status
     assert capsys.readouterr().err == f"error: {said}\n"
 
 

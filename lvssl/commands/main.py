@@ -55,8 +55,9 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C, 141 if
-    the reader of the output has closed it, 143 if a training was asked to stop and has saved its state."""
+    """Run one command; returns the exit status: 0, 1 for a failure, 2 for bad input or a lack of permissions,
+    130 for Ctrl-C, 141 if the reader of the output has closed it, 143 if a training was asked to stop and has
+    saved its state."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in COMMANDS:
