@@ -53,13 +53,28 @@ def test_a_cpu_that_multiplies_bf16_trains_resnets_in_it():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_on_a_cpu_that_converts_it_is_noted(digits, tmp_path, monkeypatch, capfd, native):
-    monkeypatch.setattr("lvssl.training.pretrain.multiplies_bf16", lambda: native)
+    monkeypatch.setattr("lvssl.models.device.multiplies_bf16", lambda: native)
     options = ["--data", str(digits["test"]), "--out", str(tmp_path / "run"), "--device", "cpu"]
     small = ["--preset", "digits", "--epochs", "1", "--batch-size", "256", "--precision", "bf16"]
     assert main(["pretrain", *options, *small]) == 0
-    assert (
-        "2 to 10 times as long as fp32: begin a new run with --precision fp32" in capfd.readouterr().err
-    ) != native
+    noted = "2 to 10 times as long as fp32: begin anew with --precision fp32"
+    assert (noted in capfd.readouterr().err) != native
+    given = [
+        "--train",
+        str(digits["test"]),
+        "--test",
+        str(digits["test"]),
+        "--device",
+        "cpu",
+        "--epochs",
+        "1",
+    ]
+    for stage in (
+        ["finetune", "--min-steps", "0", "--lr", "0.1", "--weight-decay", "0"],
+        ["linear", "--probe", "sgd"],
+    ):
+        assert main([stage[0], str(tmp_path / "run"), *stage[1:], *given]) == 0
+        assert capfd.readouterr().err.count(noted) == (not native), stage
 
 
 def test_a_model_that_normalises_by_layer_gets_its_recipe():

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lvssl.models.device import claim, encoding_precision, pick_device, precision
+from lvssl.models.device import claim, encoding_precision, note_slow_bf16, pick_device, precision
 from lvssl.runs.identity import describe_set, other_set
 from lvssl.runs.labels import (
     LabelledDataset,
@@ -90,6 +90,8 @@ class Stage(Generic[Settings]):
         """Return the folder, which rank 0 marks as belonging to this work. Raises InputError if it contains
         other work, or the same on other training images."""
         from_first(self.world, lambda: self._claim(describe_set(train.source)))
+        if self.world.first:
+            note_slow_bf16(self.engine, self.device)
         return self.folder
 
     def _claim(self, data: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import importlib
 import os
 import platform
 import re
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,10 @@ def multiplies_bf16() -> bool | None:
     except OSError:
         return None
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+def note_slow_bf16(engine: EngineSettings, device: torch.device) -> None:
+    """Print a note if a training in bf16 would be faster in fp32."""
+    if engine.precision == "bf16" and device.type == "cpu" and multiplies_bf16() is False:
+        said = "this processor converts bf16 numbers, which takes 2 to 10 times as long as fp32"
+        print(f"note: {said}: begin anew with --precision fp32", file=sys.stderr, flush=True)

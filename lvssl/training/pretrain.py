@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import torch
 
-from lvssl.models.device import claim, encoding_precision, multiplies_bf16, pick_device, precision
+from lvssl.models.device import claim, encoding_precision, note_slow_bf16, pick_device, precision
 from lvssl.models.inference import infer
 from lvssl.runs import checkpoint
 from lvssl.runs.identity import describe_set
@@ -114,9 +114,7 @@ def run(
             ranks = f"{world.size} ranks, " if world.size > 1 else ""
             print(f"pretrain {settings.out.name}: {ranks}on {device}, augmented by {form}", file=sys.stderr)
             print(describe_groups(trainer.network, settings.optimiser), file=sys.stderr, flush=True)
-            if settings.engine.precision == "bf16" and device.type == "cpu" and multiplies_bf16() is False:
-                said = "this processor converts bf16 numbers, which takes 2 to 10 times as long as fp32"
-                print(f"note: {said}: begin a new run with --precision fp32", file=sys.stderr, flush=True)
+            note_slow_bf16(settings.engine, device)
         trainer.restore()
         trainer.train(stop)
         if not trainer.calibrated:
