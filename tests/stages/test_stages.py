@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killed import wait_for_a_checkpoint
+from killed import PATIENCE, wait_for_a_checkpoint
 from PIL import Image
 
 from lvssl.commands.main import main
@@ -289,7 +289,7 @@ def test_sigterm_saves_and_exits_with_143(run):
     )
     wait_for_a_checkpoint(run / "finetune-1.0" / "trial-0", process)
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=PATIENCE) == 143
     assert "SIGUSR2: stopped at step" in process.stderr.read()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killed import PATIENCE
 
 from lvssl.commands.main import main
 from lvssl.runs import checkpoint
@@ -204,7 +205,7 @@ class Ranks:
         ]
         for rank in self.ranks:
             rank.start()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not checkpoint.paths(run / "checkpoints"):
             assert time.monotonic() < deadline and all(rank.is_alive() for rank in self.ranks), self.said()
             time.sleep(0.05)

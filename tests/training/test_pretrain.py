@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from devices import on_cpu_and_gpu
-from killed import wait_for_a_checkpoint
+from killed import PATIENCE, wait_for_a_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lvssl.runs import checkpoint
@@ -150,7 +150,7 @@ def test_sigterm_saves_and_ends(name, digits, tmp_path):
     process = subprocess.Popen([*command, *map(str, options)], stderr=subprocess.PIPE, text=True)
     wait_for_a_checkpoint(run, process)
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=PATIENCE) == 143
     message = process.stderr.read()
     step = int(checkpoint.paths(run / "checkpoints")[-1].stem.removeprefix("step-"))
     assert f"stopped at step {step}, saved" in message and "Traceback" not in message
