@@ -70,6 +70,7 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "classes below none": edit(lambda config: config.update(classes=-3)),
     "too many classes": edit(lambda config: config.update(classes=2**40)),
     "data in words": edit(lambda config: config.update(data="ten")),
+    "versions in words": edit(lambda config: config.update(versions={"results": "two"})),
     "names of classes in words": edit(lambda config: config["data"].update(classes=7)),
     "no such setting": setting("model", "heads", 3),
     "no group": edit(lambda config: config["settings"].update(model=3)),

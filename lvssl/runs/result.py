@@ -22,14 +22,20 @@ from pipelines.files import write_json
 MODEL, NAMED = {"name": str, "family": str}, {"name": str}
 BITS = {"table": list, "flips": dict, "few": dict}
 ENTRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "evaluation.json": ({"run": MODEL}, {"control": MODEL}),
+    "evaluation.json": ({"run": MODEL}, {"control": MODEL, "left_out": list}),
     "analysis.json": (
         {"run": NAMED, "images": {"test": int}, "reliability": dict},
         {"control": NAMED, "bits": BITS},
     ),
     "compression.json": ({"queries": int, "database": int, "top_n": int, "left_out": list}, {}),
 }
-KINDS: dict[Any, str] = {dict: "an object", list: "a list", str: "a text", int: "a number"}
+KINDS: dict[Any, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a number",
+    float | int: "a number",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class ResultFile:
         """
         if content.get("checkpoint") != self.checkpoint:
             return f"checkpoint: {str(content.get('checkpoint'))[:12]} -> {self.checkpoint[:12]}"
-        if (version := results_version(content)) != RESULTS_VERSION:
+        if (version := results_version(self.path, content)) != RESULTS_VERSION:
             return f"results version: {version} -> {RESULTS_VERSION}"
         had = identity(type(self.settings)(self.settings.run, on_error="raise"))
         had |= {k: v for k, v in (content.get("settings") or {}).items() if k not in runtime(self.settings)}
@@ -153,10 +159,19 @@ def require_result(path: Path, content: Any, **kinds: Any) -> None:
             kinds |= optional
         elif "stage" in content:
             needed = {"results": dict, "data": {"images": int}, "command": str}
+            if isinstance(found := content.get("results"), dict):
+                needed["results"] = {name: _of_figures(each) for name, each in found.items()}
         there = {name: kind for name, kind in kinds.items() if content.get(name) is not None}
         wrong = wrong or wrong_kind("", content, there | needed)
     if wrong:
         raise InputError(f"{path}: not a result ({wrong}); remove it")
+    results_version(path, content)
+
+
+def _of_figures(figures: Any) -> dict[str, Any]:
+    """What is read of the figures of a representation: those of targets, or of classes."""
+    regressed = isinstance(figures, dict) and "targets" in figures
+    return {"targets": dict} if regressed else {"top1": float | int, "top1_interval": list}
 
 
 def read_json(path: Path) -> Any:

@@ -56,7 +56,7 @@ def create_run(
                 f"{settings.out} exists: add --resume to continue it, or choose another --out{lost}"
             )
         stored, stored_classes = read_config(settings.out)
-        if (begun := results_version(_config(config))) != RESULTS_VERSION:
+        if (begun := results_version(config, _config(config))) != RESULTS_VERSION:
             raise InputError(
                 f"{settings.out} was started with results version {begun}, but this lvssl produces version "
                 f"{RESULTS_VERSION}: it can be read and measured, but not resumed; choose another --out"
@@ -160,9 +160,13 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def results_version(content: Mapping[str, Any]) -> int:
-    """Return the results version that a config.json or a result names."""
-    return int((content.get("versions") or {}).get("results") or 1)
+def results_version(path: Path, content: Mapping[str, Any]) -> int:
+    """Return the results version that a config.json or a result names. InputError if that is no number."""
+    named = content.get("versions") or {}
+    version = (named.get("results") or 1) if isinstance(named, dict) else named
+    if not isinstance(version, int):
+        raise InputError(f"{path}: versions.results: a number is expected, not {type(version).__name__}")
+    return version
 
 
 def versions() -> dict[str, Any]:

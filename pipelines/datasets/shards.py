@@ -22,7 +22,7 @@ from pipelines.datasets.folders import files_of_split
 from pipelines.datasets.parts import parts_of
 from pipelines.datasets.recognise import LeftOut, ending_in, left_by_a_system, split_of_folder
 from pipelines.errors import InputError
-from pipelines.formats.manifest import content_of, manifest_path, read_columns, require_columns
+from pipelines.formats.manifest import content_of, manifest_path, read_columns, require_columns, require_kinds
 from pipelines.formats.openfiles import OpenFiles
 from pipelines.formats.webdataset import tars_of
 
@@ -61,6 +61,7 @@ def open_shards(path: Path) -> Dataset | None:
     manifest = manifest_path(shards[0].parent)
     head, targets, classes = content_of(manifest), {}, None
     if (rows := _rows(manifest, head, reader, names)) is not None:
+        require_kinds(manifest, head)
         classes = imagenet.names_among(head, "classes")
         columns = read_columns(manifest, wanted := ("label", *head["targets"]))[1]
         require_columns(manifest, columns, wanted)

@@ -20,6 +20,12 @@ from pipelines.files import sync
 ROWS_IN_JSON = 100_000
 JSON_ROWS, PARQUET_ROWS = 1_000, 50_000  # written at a time
 COLUMNS = ("name", "label", "mode", "height", "width", "bytes", "stored", "turned", "sha256")
+# Entries that are read: their kinds, and those of a list's elements.
+KINDS: dict[str, tuple[Any, Any]] = {
+    "several_frames": (int, None),
+    "targets": (list, str),
+    "refused": (list, dict),
+}
 
 Samples = dict[str, list[Any]]  # {column: one value per image}
 
@@ -113,6 +119,14 @@ def read_columns(path: Path, wanted: Collection[str]) -> tuple[dict[str, Any], d
     }
 
 
+def require_kinds(path: Path, content: dict[str, Any]) -> None:
+    """Raise InputError if an entry of a manifest isn't of its kind."""
+    for name, (kind, of) in KINDS.items():
+        value = content.get(name, kind())
+        if not isinstance(value, kind) or (of and any(not isinstance(each, of) for each in value)):
+            raise InputError(f"{path}: not a manifest of a conversion, or damaged (its {name})")
+
+
 def require_columns(path: Path, columns: Collection[str], wanted: Collection[str]) -> None:
     """Raise InputError if a manifest lacks one of the wanted columns."""
     if lacking := [name for name in wanted if name not in columns]:
@@ -138,7 +152,10 @@ def _read(path: Path, wanted: Collection[str] | None) -> tuple[dict[str, Any], d
                 raise ValueError("a row of it has another number of values than there are columns")
         if count != manifest["count"]:
             raise ValueError("it has another number of rows than images")
+        require_kinds(path, manifest)
         return manifest, found
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error})") from error
     except Exception as error:  # not JSON, not a manifest, or a damaged Parquet file

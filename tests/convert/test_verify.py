@@ -151,6 +151,11 @@ def test_without_a_manifest_it_cannot_be_verified(made, tmp_path):
     (tmp_path / "x.beton.json").write_text("{}")
     with pytest.raises(InputError, match=r"x\.beton\.json: not a manifest of a conversion"):
         verify(tmp_path / "x.beton")
+    manifest = json.loads((made / "x.beton.json").read_text())
+    for name, value in (("refused", 3), ("refused", ["x"]), ("targets", [3]), ("several_frames", "x")):
+        (tmp_path / "x.beton.json").write_text(json.dumps(manifest | {name: value}))
+        with pytest.raises(InputError, match=rf"x\.beton\.json: not a manifest .*\(its {name}\)"):
+            verify(tmp_path / "x.beton")
     with pytest.raises(InputError, match="no such file"):
         verify(tmp_path / "gone.beton")
 

@@ -215,6 +215,10 @@ def test_an_older_rate_curve_is_measured_again(runs):
     assert main(typed) == 0 and json.loads(path.read_text())["rows"] == result["rows"]
 
 
+def of_stage(**results: object) -> str:
+    return json.dumps({"stage": "knn", "results": results, "data": {"images": 1}, "command": ""})
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -223,6 +227,9 @@ def test_an_older_rate_curve_is_measured_again(runs):
         ('{"settings": 3}', "settings: an object is expected, not int"),
         ('{"rows": {}}', "rows: a list is expected, not dict"),
         ("\xff", "codec can't decode"),
+        (of_stage(code=3), "results.code: an object is expected, not int"),
+        (of_stage(code={"top5": 3.0}), "results.code.top1: a number is expected, not NoneType"),
+        (of_stage(code={"targets": "x"}), "results.code.targets: an object is expected, not str"),
     ],
 )
 def test_what_is_no_result_is_refused_in_one_line(tmp_path, content, said):
@@ -231,6 +238,10 @@ def test_what_is_no_result_is_refused_in_one_line(tmp_path, content, said):
     with pytest.raises(InputError) as error:
         read_result(path, rows=list)
     assert str(error.value).startswith(f"{path}: not a result (") and said in str(error.value)
+    for version in ('{"results": "x"}', '{"results": [2]}'):
+        path.write_text(f'{{"versions": {version}}}')
+        with pytest.raises(InputError, match=r"x\.json: versions\.results: a number is expected"):
+            read_result(path)
     path.write_text('{"rows": null, "beside": {}}')
     assert read_result(path, rows=list, beside=dict) == {"rows": None, "beside": {}}
 

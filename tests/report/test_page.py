@@ -444,6 +444,7 @@ def test_bad_input_is_named_and_the_old_page_stays(tmp_path):
         ("evaluation.json", '{"run": ', "evaluation.json: not a result (Expecting value"),
         ("evaluation.json", "[1]", "evaluation.json: not a result (an object is expected, not list"),
         ("evaluation.json", '{"run": 3}', "evaluation.json: not a result (run: an object"),
+        ("evaluation.json", json.dumps(EVALUATION | {"left_out": 3}), "not a result (left_out: a list"),
         ("compression.json", '{"rows": {"a": 1}}', "compression.json: not a result (rows: a list"),
         ("gallery.npz", b"PK\x03\x04 cut", "gallery.npz: can't be read"),
         ("gallery.npz", {"query": np.array([120])}, "gallery.npz: query points outside the 120 images"),
