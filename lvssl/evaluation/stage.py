@@ -24,7 +24,7 @@ from lvssl.runs.labels import (
 )
 from lvssl.runs.progress import peak_memory
 from lvssl.runs.result import ResultFile, read_result
-from lvssl.runs.run import Run, load_run, require_classes_of, training_set, versions
+from lvssl.runs.run import Run, load_run, require_classes_of, stored_set, training_set, versions
 from lvssl.settings.fields import identity
 from lvssl.settings.pretrain import EngineSettings
 from lvssl.settings.stages import LinearSettings, StageSettings, TrainingSettings
@@ -100,7 +100,8 @@ class Stage(Generic[Settings]):
         wanted = identity(self.settings)
         if mark.exists():
             begun = read_result(mark)
-            changed = self.result.changes(begun) or other_set(begun.get("data", data), data)
+            before = stored_set(mark, begun.get("data", data))
+            changed = self.result.changes(begun) or other_set(before, data)
             if not changed:
                 return
             if not self.settings.overwrite:

@@ -108,13 +108,16 @@ def read_set(folder: Path) -> dict[str, Any] | None:
     """Read what a run's config.json says of its training images; None in older runs. InputError: damaged."""
     path = folder / "config.json"
     data = _config(path).get("data")
-    if data is None:
-        return None
+    return None if data is None else stored_set(path, data)
+
+
+def stored_set(path: Path, data: Any) -> dict[str, Any]:
+    """Return what a file says of a set under `data`, see `describe_set`. InputError if that is damaged."""
     kinds = {"images": int, "classes": list | None, "digest": str, "blocks": str}
     if not isinstance(data, dict) or any(
         not isinstance(data.get(n, "" if n == "blocks" else 0), kind) for n, kind in kinds.items()
     ):
-        raise InputError(f"{path}: not a run's configuration (its `data` doesn't describe a set)")
+        raise InputError(f"{path}: damaged (its `data` doesn't describe a set of images)")
     return {name: data[name] for name in kinds if name in data}
 
 

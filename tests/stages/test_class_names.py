@@ -214,6 +214,9 @@ def test_damaged_files_of_a_run_are_named(run, sets, capsys, content):
     typed = ["linear", str(run), "--test", str(sets["both"])]
     assert main([*typed, "--probe", "sgd", "--epochs", "1"]) == 2
     assert f"{folder / 'stage.json'}: not a result" in capsys.readouterr().err
+    (folder / "stage.json").write_text('{"data": 3}')
+    assert main([*typed, "--probe", "sgd", "--epochs", "1"]) == 2
+    assert f"{folder / 'stage.json'}: damaged (its `data`" in capsys.readouterr().err
     (run / "config.json").write_bytes(content)
     assert main(typed) == 2
     assert f"{run / 'config.json'}: not a run's configuration" in capsys.readouterr().err
