@@ -8,6 +8,8 @@
 # RELEASE  a release that debootstrap knows: bookworm (12, Python 3.11), trixie (13, Python 3.13)
 # USER     root; or any other name: an ordinary user without sudo, created there
 # COMMAND  run in the clone; default: make test && make demo
+# ARCH     its architecture, default this machine's. Another one is emulated: ARCH=arm64 with Debian's
+#          qemu-user-static, registered with the kernel, and `export QEMU_CPU=neoverse-n1` before COMMAND
 # ROOM     folder of the systems and clones; default /var/tmp/fresh-debian. Its systems are reused, but the
 #          clone is new each time (KEEP=1 keeps it, with its .venv). Delete ROOM by hand.
 #
@@ -26,14 +28,14 @@ command -v debootstrap >/dev/null || die "needs debootstrap: apt-get install deb
 release=$1 user=$2 command=${3:-make test && make demo}
 source=$(cd "$(dirname "$0")/.." && pwd)
 room=${ROOM:-/var/tmp/fresh-debian}
-system=$room/$release
+system=$room/$release${ARCH:+-$ARCH}
 
 if [ ! -d "$system" ]; then
     mkdir -p "$room"
     rm -rf "$system.part"
     # The mirror of this machine's own packages; without one, debootstrap's default.
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/$' || true)
-    debootstrap --variant=minbase --include=git,make,python3-venv,ca-certificates "$release" "$system.part" $mirror
+    debootstrap ${ARCH:+--arch="$ARCH"} --variant=minbase --include=git,make,python3-venv,ca-certificates "$release" "$system.part" $mirror
     rm -rf "$system.part"/var/lib/apt/lists/*  # as in an image: only root could renew them
     mv "$system.part" "$system"
 fi
@@ -50,6 +52,7 @@ lend() {  # mount a file or folder of this machine at the same path, read-only
 }
 
 mount -t proc proc "$system/proc"
+mount -t sysfs sys "$system/sys"  # where torch looks for the processor's kind on aarch64
 mount --rbind /dev "$system/dev"
 for path in /etc/resolv.conf /etc/hosts /etc/ssl/certs /usr/local/share/ca-certificates /etc/xdg/pip /etc/pip.conf; do
     [ ! -e "$path" ] || lend "$path"
