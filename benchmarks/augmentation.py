@@ -113,7 +113,7 @@ def photographs(count: int, seed: int = 0) -> np.ndarray:
         photo = np.ascontiguousarray(photos[n % len(photos)])
         size = int(rng.integers(180, 420))
         top, left = (int(rng.integers(0, length - size + 1)) for length in photo.shape[:2])
-        resize_crop(photo, np.array([top, left, size, size], np.int32), crops[n])
+        resize_crop(photo, np.array([top, left, size, size], np.int32), crops[n], False)
     return crops
 
 

@@ -290,7 +290,7 @@ def augmented(crops: np.ndarray, view: ViewSettings, count: int) -> Iterator[Ten
     boxes, out = crop_boxes(table), np.empty_like(crops)
     for v in range(count):
         for crop, box, target in zip(crops, boxes[:, v], out):
-            resize_crop(crop, box, target)
+            resize_crop(crop, box, target, False)
         yield augment(torch.from_numpy(out), torch.from_numpy(table[:, v].copy()), view)
 
 

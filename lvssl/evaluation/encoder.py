@@ -346,5 +346,5 @@ def centre_crop(view: ViewSettings, image: np.ndarray) -> np.ndarray:
     height, width = image.shape[:2]
     box = centre_boxes(np.array([height]), np.array([width]), view.evaluation_crop)[0, 0]
     out = np.empty((view.resolution, view.resolution, 3), np.uint8)
-    resize_crop(np.ascontiguousarray(image), box, out)
+    resize_crop(np.ascontiguousarray(image), box, out, False)
     return out

@@ -90,7 +90,7 @@ def _columns(line, places, weights, pairs, out):
 
 
 @compiled()
-def resize_crop(image, box, out, flip=False):
+def resize_crop(image, box, out, flip):
     """Crop `box` (top, left, height, width) of image uint8 [H, W, 3] and resize it to out uint8 [R, R, 3].
 
     Both arrays must be contiguous; `flip` mirrors the crop. Within one level of torchvision's antialiased

@@ -81,7 +81,7 @@ def crop_stored(
         _end(handle)
 
 
-_NOTHING, _NOWHERE = np.empty(0, np.uint8), np.empty(0, np.int32)
+_NOTHING, _NOWHERE = np.frombuffer(b"", np.uint8), np.empty(0, np.int32)  # read-only, as bytes are
 
 
 @compiled()

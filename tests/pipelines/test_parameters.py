@@ -59,8 +59,8 @@ def test_no_two_images_share_parameters():
 
 @pytest.mark.parametrize("height, width, ratio", [
     *((*size, (3 / 4, 4 / 3)) for size in [(375, 500), (500, 333), (32, 32), (40, 400), (1, 1)]),
-    (300, 300, (0.5, 3)),  # width / height, not the other way round
-    (400, 40, (0.5, 3)),
+    (300, 300, (0.5, 3.0)),  # width / height, not the other way round
+    (400, 40, (0.5, 3.0)),
 ])  # fmt: skip
 def test_crop_boxes_follow_torchvision(height, width, ratio):
     view = ViewSettings(ratio=ratio)
