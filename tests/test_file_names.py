@@ -1,8 +1,8 @@
 """Names of files and classes that are no UTF-8, as old archives and systems leave them: every command."""
 
+import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -78,21 +78,10 @@ def test_no_command_minds_names_that_are_no_text(name, sets, tmp_path, capsys):
         json.loads(file.read_text(encoding="utf-8"))
 
 
-def test_a_strict_terminal_shows_such_names(sets, tmp_path):
-    codes = tmp_path / "c.lvcodes"
+def test_a_strict_terminal_shows_such_names(sets, tmp_path, monkeypatch):
+    codes, shown = tmp_path / "c.lvcodes", io.BytesIO()
     assert main(["encode", str(sets["run"]), "--images", str(sets["train"]), "--out", str(codes)]) == 0
-    command = [
-        sys.executable,
-        "-m",
-        "lvssl",
-        "search",
-        str(sets["run"]),
-        "--codes",
-        str(codes),
-        "--k",
-        "2",
-    ]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--query", str(sets["test"])], capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert rb"/\udcff" in done.stdout
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="utf-8", errors="strict"))
+    search = ["search", str(sets["run"]), "--codes", str(codes), "--k", "2", "--query", str(sets["test"])]
+    assert main(search) == 0
+    assert rb"/\udcff" in shown.getvalue()

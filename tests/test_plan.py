@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from lvssl.plan import footprint, host_memory, hours, largest_batch, memory, plan
+from lvssl.commands.main import main
+from lvssl.plan import footprint, host_memory, hours, largest_batch, memory, plan, time_of
 from lvssl.settings.start import PlanSettings, of_preset
 from pipelines.errors import InputError
 
@@ -63,7 +64,8 @@ def test_the_largest_batch_just_fits():
 
 
 def test_bf16_needs_less():
-    plain, half = (footprint(PlanSettings(resolution=64, precision=p)) for p in ("fp32", "bf16"))
+    base = PlanSettings(backbone="resnet18", resolution=64)
+    plain, half = (footprint(replace(base, precision=p)) for p in ("fp32", "bf16"))
     assert 0.4 < (half.backbone + half.heads) / (plain.backbone + plain.heads) < 0.75
     assert half.parameters == plain.parameters and half.casts > plain.casts >= 0
 
@@ -74,7 +76,7 @@ def test_the_loss_grows_with_the_batch_not_with_its_square():
     assert sizes[1] == 2 * sizes[0] < 500 * MIB
 
 
-def test_a_preset_brings_its_own_optimiser(lvssl):
+def test_a_preset_brings_its_own_optimiser(capsys):
     """LARS has one moment for each weight, AdamW two: 100 MB of a ResNet-50."""
     chosen = of_preset("simclr-imagenet-r50-100ep")
     assert (chosen.optimiser, chosen.batch_size, chosen.gpus, chosen.samples) == ("lars", 4096, 8, 4)
@@ -84,8 +86,9 @@ def test_a_preset_brings_its_own_optimiser(lvssl):
         memory(dataclasses.replace(small, optimiser=name), of)["optimiser"] for name in ("lars", "adamw")
     )
     assert adamw == 2 * lars and 100e6 < lars < 140e6
-    done = lvssl("plan", "--preset", "cifar10-r18", "--batch-size", 64)
-    assert done.returncode == 0 and "resnet18 at 32 px" in done.stdout and "64 images per step" in done.stdout
+    assert main(["plan", "--preset", "cifar10-r18", "--batch-size", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "resnet18 at 32 px" in printed and "64 images per step" in printed
     with pytest.raises(InputError, match="unknown preset 'none-such'"):
         of_preset("none-such")
 
@@ -135,21 +138,21 @@ def test_time_is_that_of_the_measured_steps():
     ):  # fmt: skip
         one = PlanSettings(gpus=1, gpu=gpu, backbone=backbone, resolution=resolution, images=images, epochs=1)
         assert hours(one) * 3600 == pytest.approx(2e-6 * images * measured, rel=0.03)
-        assert "measured on this card" in plan(one)
+        assert "measured on this card" in time_of(one)
     more = replace(one, epochs=3, gpus=2)
     eager = replace(one, images=10**5)
-    assert hours(more) == pytest.approx(1.5 * 10 * hours(eager)) and "extrapolated" in plan(more)
+    assert hours(more) == pytest.approx(1.5 * 10 * hours(eager)) and "extrapolated" in time_of(more)
     assert hours(replace(eager, chunk=2 * eager.batch_size)) == pytest.approx(hours(eager))  # in one piece
     assert hours(replace(eager, chunk=eager.batch_size)) == pytest.approx(4 / 3 * hours(eager))
     assert hours(replace(eager, recompute=True)) == pytest.approx(4 / 3 * hours(eager))
-    assert "about a minute on" in plan(replace(eager, images=100, epochs=1))
+    assert "about a minute on" in time_of(replace(eager, images=100, epochs=1))
 
 
 def test_a_time_says_if_its_speed_is_a_guess():
     """ViT-S on 5 tokens: its minutes for 100 epochs of ImageNet seemed to be measured."""
     vit = PlanSettings(backbone="vit_small_patch16_224", resolution=32)
-    assert "(a guess: 10 % of the peak, as no step of this backbone was measured)" in plan(vit)
-    assert "(extrapolated from one H100 and one H200)" in plan(replace(vit, backbone="resnet50"))
+    assert "(a guess: 10 % of the peak, as no step of this backbone was measured)" in time_of(vit)
+    assert "(extrapolated from one H100 and one H200)" in time_of(replace(vit, backbone="resnet50"))
 
 
 def test_a_preset_is_planned_for_the_gpus_that_its_batch_is_for():
@@ -184,11 +187,12 @@ def test_impossible_settings_are_named(options, culprit):
         PlanSettings(**options).validate()
 
 
-def test_the_command(lvssl):
-    done = lvssl("plan", "--batch-size", 64, "--gpus", 1, "--backbone", "tiny", "--resolution", 32)
-    assert done.returncode == 0 and "Largest batch that fits" in done.stdout, done.stderr
-    bad = lvssl("plan", "--batch-size", 7, "--gpus", 2)
-    assert bad.returncode == 2 and "error: --batch-size must be a multiple of --gpus (2), got 7" in bad.stderr
+def test_the_command(capsys):
+    small = ["--backbone", "tiny", "--resolution", "32"]
+    assert main(["plan", "--batch-size", "64", "--gpus", "1", *small]) == 0
+    assert "Largest batch that fits" in capsys.readouterr().out
+    assert main(["plan", "--batch-size", "7", "--gpus", "2"]) == 2
+    assert "error: --batch-size must be a multiple of --gpus (2), got 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

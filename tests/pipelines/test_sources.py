@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
+from lvssl.commands.main import main
 from lvssl.settings import pretrain as config
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.datasets import opening, shards
@@ -323,21 +324,19 @@ def test_an_empty_folder_is_refused(tmp_path):
         open_reader(tmp_path / "none")
 
 
-def test_a_folder_of_images_trains(sources, tmp_path, lvssl):
+def test_a_folder_of_images_trains(sources, tmp_path, capfd):
     """Never converted: class folders give the labels. A damaged one is skipped, counted and said."""
     folder, out = tmp_path / "pictures", tmp_path / "run"
     shutil.copytree(sources["folder"], folder)
     victim = sorted(folder.glob("class1/*.jpg"))[0]
     victim.write_bytes(victim.read_bytes()[:200])
-    done = lvssl(
-        "pretrain", "--data", folder, "--out", out, "--epochs", 2, "--batch-size", 16, "--source", "folder",
-        "--order", "quasi-random", "--on-error", "skip", "--backbone", "tiny", "--resolution", 16,
-        "--log-every", 1,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    options = ["--data", folder, "--out", out, "--epochs", 2, "--batch-size", 16, "--source", "folder"]
+    options += ["--order", "quasi-random", "--on-error", "skip", "--backbone", "tiny", "--resolution", 16]
+    assert main(["pretrain", *map(str, options), "--log-every", "1", "--threads", "1"]) == 0
+    said = capfd.readouterr().err
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 6 and rows[-1]["skipped"] >= 1
-    assert "of damaged samples (1 distinct)" in done.stderr and victim.name in done.stderr
+    assert "of damaged samples (1 distinct)" in said and victim.name in said
 
 
 def test_settings_of_the_loader_are_refused_by_name(sources):

@@ -12,6 +12,7 @@ import pytest
 from test_pipeline_file import write
 
 from lvssl.commands.chain import chain_starts
+from lvssl.commands.main import main
 from slurm.job import BAD_INPUT, Job
 from slurm.pipeline import ClusterSettings, read_pipeline
 from slurm.records import Record, read_record, stands
@@ -94,13 +95,13 @@ def test_done_is_what_has_left_its_outputs(job, tmp_path):
     assert "| knn-01 |  | 61.25 |" in (tmp_path / "knn-sweep.md").read_text()
 
 
-def test_what_fails_ends_a_launch_on_this_machine(digits, tmp_path, lvssl):
+def test_what_fails_ends_a_launch_on_this_machine(digits, tmp_path, capfd):
     data = "".join(f"{name} = '{path}'\n" for name, path in digits.items())
     text = f"out = 'out'\n[data]\n{data}[pretrain]\npreset = 'digits'\nbatch_size = 5000\n[evaluate]\n"
     path = write(tmp_path, text)
-    said = lvssl("launch", path, "--cluster", "debug")
-    assert said.returncode == 1 and "\nerror: pretrain: " in said.stderr
-    assert "evaluate" not in said.stdout
+    assert main(["launch", str(path), "--cluster", "debug"]) == 1
+    printed, said = capfd.readouterr()
+    assert "\nerror: pretrain: " in said and "evaluate" not in printed
     (task,) = next(s for s in build_stages(read_pipeline(path, chain_starts())) if s.name == "pretrain").tasks
     record = read_record(tmp_path / "out", task)
     assert record is not None and record.state == "failed"
