@@ -205,14 +205,14 @@ def test_finetuning_computes_in_the_precision_asked_for_and_goes_on_in_it(run, m
     assert_same(run / "whole" / "final", run / "broken" / "final")
 
 
-def interrupt_after(monkeypatch, steps: int) -> None:
-    """SIGTERM arrives in the middle of the training step that is the `steps`-th from now."""
+def interrupt_after(monkeypatch, steps: int, signum: signal.Signals = signal.SIGTERM) -> None:
+    """The signal arrives in the middle of the training step that is the `steps`-th from now."""
     left, step = [steps], supervised.SupervisedTrainer.train_step
 
     def counted(self, batch):
         left[0] -= 1
         if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
         return step(self, batch)
 
     monkeypatch.setattr(supervised.SupervisedTrainer, "train_step", counted)
@@ -282,15 +282,11 @@ def test_killed_at_any_moment_linear_ends_as_the_undisturbed_one(run, tmp_path):
     assert found["results"] == expected["results"]
 
 
-def test_sigterm_saves_and_exits_with_143(run):
-    command = [sys.executable, "-m", "lvssl", "finetune", str(run), "--epochs", "500", "--lr", "0.01"]
-    process = subprocess.Popen(
-        [*command, "--checkpoint-minutes", "0.0001"], stderr=subprocess.PIPE, text=True
-    )
-    wait_for_a_checkpoint(run / "finetune-1.0" / "trial-0", process)
-    process.send_signal(signal.SIGUSR2)
-    assert process.wait(timeout=PATIENCE) == 143
-    assert "SIGUSR2: stopped at step" in process.stderr.read()
+def test_a_stage_that_is_told_to_stop_saves_and_ends_with_143(run, monkeypatch, capsys):
+    interrupt_after(monkeypatch, 2, signal.SIGUSR2)
+    assert main(["finetune", str(run), "--epochs", "500", "--lr", "0.01", "0.1"]) == 143
+    assert "SIGUSR2: stopped at step 2" in capsys.readouterr().err
+    assert checkpoint.load_latest(run / "finetune-1.0/trial-0/checkpoints")[1]["step"] == 2
 
 
 def test_few_labels_still_make_as_many_steps_as_are_asked_for(run):

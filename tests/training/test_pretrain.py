@@ -18,6 +18,7 @@ from devices import on_cpu_and_gpu
 from killed import PATIENCE, wait_for_a_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lvssl.commands.main import main
 from lvssl.runs import checkpoint
 from lvssl.runs.progress import read_metrics
 from lvssl.runs.run import RESULTS_VERSION, create_run, load_run, read_config, run_lock
@@ -140,20 +141,35 @@ def test_a_run_killed_before_its_settings_were_written_begins_again(digits, tmp_
         create_run(settings(digits, tmp_path / "notes"), 10, resume=True)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "study"])
-def test_sigterm_saves_and_ends(name, digits, tmp_path):
-    train, run = digits["train"], tmp_path / ("run" if name == "pretrain" else "none-s0")
-    options = ["--data", train, "--out", run]
-    if name == "study":
-        options = ["--train", train, "--test", digits["test"], "--out", tmp_path, "--arms=none", "--seeds=0"]
-    command = [sys.executable, "-m", "lvssl", name, "--preset", "digits", "--epochs", "500", "--threads", "1"]
-    process = subprocess.Popen([*command, *map(str, options)], stderr=subprocess.PIPE, text=True)
+LONG = ["--preset", "digits", "--epochs", "500", "--threads", "1"]
+
+
+def test_sigterm_saves_and_ends(digits, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "lvssl", "pretrain", *LONG, "--data", digits["train"], "--out", run]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
     wait_for_a_checkpoint(run, process)
     process.terminate()
     assert process.wait(timeout=PATIENCE) == 143
     message = process.stderr.read()
     step = int(checkpoint.paths(run / "checkpoints")[-1].stem.removeprefix("step-"))
     assert f"stopped at step {step}, saved" in message and "Traceback" not in message
+
+
+def test_sigterm_ends_a_study_as_the_training_that_it_is_in(digits, tmp_path, monkeypatch, capsys):
+    """By the same handler as in a process of its own, which takes seconds to begin."""
+    step_of = Trainer.train_step
+
+    def counted(trainer, batch):
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step_of(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    options = ["--train", digits["train"], "--test", digits["test"], "--out", tmp_path]
+    assert main(["study", *LONG, *map(str, options), "--arms=none", "--seeds=0"]) == 143
+    assert [path.stem for path in checkpoint.paths(tmp_path / "none-s0/checkpoints")] == ["step-000000003"]
+    assert "SIGTERM: stopped at step 3, saved" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_message(digits, tmp_path, capsys):
