@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from pipelines.convert.command import main as convert_beton
 from pipelines.convert.store import Settings, store
 from pipelines.decode import open_reader, turbo
 from pipelines.errors import InputError
@@ -231,13 +232,13 @@ def test_the_same_damage_is_named_without_it(beton, tmp_path, pillow_alone):
     assert found[2:4] == expected[2:4] and "but its entry says" in found[2] and "too few" in found[3]
     with pytest.raises(ValueError, match="do not lie within"):
         open_reader(path).crops(
-            np.array([0]), np.array([[[0, 0, 999, 5]]]), np.empty((1, 1, 8, 8, 3), np.uint8)
+            np.array([0]), np.array([[[0, 0, 999, 5]]], np.int32), np.empty((1, 1, 8, 8, 3), np.uint8)
         )
 
 
 @needs_library
-def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
-    """Conversion, its verification, and the loader that trains, each in a process that can't find it."""
+def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path, capfd):
+    """Conversion, its verification, and the loader that trains, in a process that can't find it."""
     script = tmp_path / "commands.py"
     script.write_text(
         "import sys\n"
@@ -251,24 +252,20 @@ def test_commands_work_without_it_and_say_so_in_one_line(sources, tmp_path):
         "with TwoViewLoader(open_reader(out), ViewSettings(resolution=24), LoaderSettings(8)) as loader:\n"
         "    assert len(list(loader)) == len(loader)\n"
     )
-    written = []
-    for name, env in (("with", {}), ("without", {"LVSSL_TURBOJPEG": str(tmp_path / "nowhere")})):
-        out = tmp_path / f"{name}.beton"
-        done = subprocess.run(
-            [sys.executable, script, sources["folder"], out],
-            capture_output=True, text=True, timeout=120, cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        said = [line for line in done.stderr.splitlines() if "libturbojpeg" in line]
-        assert len(said) == (name == "without"), done.stderr
-        written.append(out.read_bytes())
-    assert (
-        "`lvssl doctor` says how to install it" in said[0]
-        and f"LVSSL_TURBOJPEG={tmp_path / 'nowhere'}" in said[0]
-    )
+    with_it, without = (tmp_path / f"{name}.beton" for name in ("with", "without"))
+    environment = {"PYTHONPATH": str(ROOT), "LVSSL_TURBOJPEG": str(tmp_path / "nowhere")}
+    done = subprocess.run(
+        [sys.executable, script, sources["folder"], without],
+        capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (said,) = (line for line in done.stderr.splitlines() if "libturbojpeg" in line)
+    assert "`lvssl doctor` says how to install it" in said
+    assert f"LVSSL_TURBOJPEG={tmp_path / 'nowhere'}" in said
+    assert convert_beton([str(sources["folder"]), str(with_it), "--max-resolution", "40"]) == 0
+    assert "libturbojpeg" not in capfd.readouterr().err
     if features.check_feature("libjpeg_turbo"):
-        assert written[0] == written[1]
+        assert with_it.read_bytes() == without.read_bytes()
 
 
 def test_threads_that_find_out_together_say_it_once(monkeypatch, capsys):

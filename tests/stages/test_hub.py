@@ -25,26 +25,15 @@ def exported(tmp_path_factory):
     return folder / "out"
 
 
-def offline(cache, code: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own, for huggingface_hub reads its settings when it is imported."""
-    environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", f"import lvssl\n{code}"], env=environment, capture_output=True, text=True
-    )
+OFFLINE = f"""
+import lvssl
+for one in (
+    lvssl.load("hf://someone/encoder"),
+    lvssl.load("hf://someone/encoder@{COMMIT}"),
+    lvssl.Model.from_pretrained("someone/encoder"),
+):
+    print(one.run.digest)
 
-
-def test_an_export_in_the_cache_is_loaded(exported, tmp_path):
-    repository = tmp_path / "models--someone--encoder"
-    shutil.copytree(exported, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(COMMIT)
-    names = ('lvssl.load("hf://someone/encoder")', f'lvssl.load("hf://someone/encoder@{COMMIT}")')
-    loaded = (*names, 'lvssl.Model.from_pretrained("someone/encoder")')
-    done = offline(tmp_path, "\n".join(f"print({one}.run.digest)" for one in loaded))
-    assert done.stdout.split() == [lvssl.load(exported).run.digest] * 3, done.stderr
-
-
-ABSENT = """
 from lvssl.runs.initial import initial_weights
 from lvssl.settings.pretrain import ModelSettings
 from pipelines.errors import InputError
@@ -56,12 +45,31 @@ for what in ("hf://someone/else", "hf://a/b/c", "pretrained"):
 """
 
 
-def test_what_is_not_there_is_said_in_one_line(tmp_path):
-    done = offline(tmp_path, ABSENT)
-    lines = done.stdout.splitlines()
+@pytest.fixture(scope="module")
+def offline(exported, tmp_path_factory) -> list[str]:
+    """What a process prints that has a cache with one repository, and no network. A process of its own, for
+    huggingface_hub reads its settings when it is imported."""
+    cache = tmp_path_factory.mktemp("cache")
+    repository = cache / "models--someone--encoder"
+    shutil.copytree(exported, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(COMMIT)
+    environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", OFFLINE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_export_in_the_cache_is_loaded(offline, exported):
+    assert offline[:3] == [lvssl.load(exported).run.digest] * 3
+
+
+def test_what_is_not_there_is_said_in_one_line(offline):
+    lines = offline[3:]
     said = ("hf://someone/else: the Hub can't be reached (", "hf://a/b/c: ",
             "--init pretrained: weights of test_vit could not be loaded or downloaded (")  # fmt: skip
-    assert len(lines) == 3 and all(map(str.startswith, lines, said)), done.stdout + done.stderr
+    assert len(lines) == 3 and all(map(str.startswith, lines, said)), lines
 
 
 def test_a_command_says_how_one_of_the_hub_is_fetched(capsys):
