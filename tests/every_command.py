@@ -24,7 +24,7 @@ def arguments_of(name: str, run: Path, train: Path, test: Path, out: Path) -> li
         "analyse": [run, "--test", test, "--samples", 2, "--out", out / "analyse"],
         "compression": [run, *sets, "--bits", 16, "--out", out / "compression"],
         "study": [
-            *sets, "--runs", run.parent, "--prefix", run.name, "--arms", "bernoulli", "--seeds", 0, 1,
+            *sets, "--runs", run.parent, "--prefix", run.name, "--arms", "bernoulli", "--seeds", 0,
             "--preset", "digits", "--epochs", 1, "--out", out / "study",
         ],
         "curate": [run, "--test", test, "--out", out / "curate"],

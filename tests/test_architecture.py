@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,10 +64,10 @@ def room(module: str) -> str:
     return f"{top}.{name}" if f"{top}.{name}" in MAY_IMPORT else top
 
 
-def imported(tree: ast.Module, package: str) -> list[tuple[int, str]]:
+def imported(file: Path, package: str) -> list[tuple[int, str]]:
     """(line, module) of every import statement, also inside functions; package resolves relative ones."""
     found = []
-    for node in ast.walk(tree):
+    for node in import_statements(file):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -80,6 +81,13 @@ def imported(tree: ast.Module, package: str) -> list[tuple[int, str]]:
             )
             found += [(node.lineno, name) for name in names]
     return found
+
+
+@cache
+def import_statements(file: Path) -> list[ast.Import | ast.ImportFrom]:
+    """Of a module, also inside functions."""
+    tree = ast.parse(file.read_text(), filename=str(file))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -97,7 +105,7 @@ def imported_files(name: str, file: Path, known: dict[str, Path]) -> set[str]:
     means lvssl.api, `from lvssl.api import load` likewise."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
+    for node in import_statements(file):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -139,8 +147,7 @@ def violations(root: Path) -> list[str]:
             if here not in MAY_IMPORT:
                 wrong.append(f"{where}: {here} has no floor")
                 continue
-            tree = ast.parse(file.read_text(), filename=str(file))
-            for line, target in imported(tree, module if is_package else module.rpartition(".")[0]):
+            for line, target in imported(file, module if is_package else module.rpartition(".")[0]):
                 there = room(target)
                 if there.partition(".")[0] not in OURS or there == here or there in MAY_IMPORT[here]:
                     continue
@@ -255,7 +262,7 @@ def idle_modules(root: Path) -> list[str]:
         name, (package, module) = ".".join(parts), (".".join(parts[:-1]), parts[-1])
         used = rf"\b{re.escape(name)}\b|from {re.escape(package)} import [^\n]*(\n[^)]*)?\b{module}\b"
         others = (text for other, text in texts.items() if other != file)
-        if not any(re.search(used, text) for text in (*others, configured)):
+        if not any(module in text and re.search(used, text) for text in (*others, configured)):
             idle.append(name)
     return idle
 

@@ -78,11 +78,11 @@ def test_bf16_on_a_cpu_that_converts_it_is_noted(digits, tmp_path, monkeypatch, 
 
 
 def test_a_model_that_normalises_by_layer_gets_its_recipe():
-    resnets, tiny = (suited(50_000, 375, 80 * GIB, name) for name in ("", "resnet101"))
-    assert tiny.optimiser == resnets.optimiser and tiny.model.backbone == "resnet101"
+    resnets, tiny = (suited(50_000, 375, 80 * GIB, name) for name in ("", "resnet34"))
+    assert tiny.optimiser == resnets.optimiser and tiny.model.backbone == "resnet34"
     for name, resolution in (
-        ("vit_small_patch16_224", 32),
-        ("convnext_tiny", 28),
+        ("vit_tiny_patch16_224", 32),
+        ("convnext_atto", 28),
         ("vit_small_patch14_dinov2", 28),
     ):
         chosen = suited(60_000, 28, 0, name)
@@ -92,9 +92,9 @@ def test_a_model_that_normalises_by_layer_gets_its_recipe():
         assert (optimiser.optimiser, optimiser.lr, optimiser.weight_decay) == ("adamw", 5e-4, 0.05)
         assert (optimiser.warmup_epochs, optimiser.clip) == (0.5, 1.0)  # of 5 epochs
         assert "--weight-decay 0.05 --clip 1.0 --warmup-epochs 0.5" in in_words(chosen, "images")
-    large = suited(50_000, 375, 80 * GIB, "vit_small_patch16_224")
+    large = suited(50_000, 375, 80 * GIB, "vit_tiny_patch16_224")
     assert (large.view.resolution, large.batch_size, large.optimiser.warmup_epochs) == (224, 256, 10.0)
-    assert suited(50_000, 375, 80 * GIB, "vit_small_patch16_224", 30).optimiser.warmup_epochs == 3.0
+    assert suited(50_000, 375, 80 * GIB, "vit_tiny_patch16_224", 30).optimiser.warmup_epochs == 3.0
 
 
 def test_a_run_without_a_preset_says_what_was_chosen_and_is_made_again_by_its_command(tmp_path, capsys):

@@ -44,7 +44,7 @@ def test_a_model_of_timm_trains_and_goes_back_to_timm(name, digits, tmp_path, mo
     assert (codes[0] == codes[1]).all()
 
 
-@pytest.mark.parametrize("name", ["resnet101", "vit_small_patch16_224", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto"])
 def test_known_models_give_their_features_and_have_a_plan(name):
     backbone, dim = build_backbone(name, 64)
     assert backbone.eval()(torch.randn(2, 3, 64, 64)).shape == (2, dim)

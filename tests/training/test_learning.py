@@ -48,10 +48,10 @@ def named(latent: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("latent", LATENTS, ids=named)
 def test_pretraining_runs_with_every_family_and_objective(digits, tmp_path, latent):
-    """An epoch each: it runs, its figures are finite, its codes are as long as they say, it loads again."""
+    """Three steps each: it runs, its figures are finite, its codes as long as they say, it loads again."""
     base = PRESETS["digits"]
     settings = dataclasses.replace(
-        base, data=digits["train"], out=tmp_path / "run", epochs=1, threads=1,
+        base, data=digits["test"], out=tmp_path / "run", epochs=1, threads=1,
         latent=dataclasses.replace(base.latent, samples=2, **latent),
     )  # fmt: skip
     pretrain(settings)
