@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = """
 import numpy as np
@@ -42,14 +40,16 @@ def test_all_that_is_compiled_loads_and_runs_where_nothing_can_be_kept(tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("used, call", [("from inner import f", "f(x)"), ("import inner", "inner.f(x)")])
-def test_what_is_kept_is_not_used_once_a_called_function_of_another_file_has_changed(tmp_path, used, call):
-    head = "from pipelines.kernels.compiled import compiled\n"
-    (tmp_path / "outer.py").write_text(f"{head}{used}\n@compiled()\ndef g(x):\n    return {call}\n")
+def test_what_is_kept_is_not_used_once_a_called_function_of_another_file_has_changed(tmp_path):
+    """Called by its name, and as a part of its module."""
+    head, script = "from pipelines.kernels.compiled import compiled\n", ""
+    for name, used, call in (("a", "from inner import f", "f(x)"), ("b", "import inner", "inner.f(x)")):
+        (tmp_path / f"{name}.py").write_text(f"{head}{used}\n@compiled()\ndef g(x):\n    return {call}\n")
+        script += f"from {name} import g; print(g(3), sum(g.stats.cache_hits.values()))\n"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", "from outer import g; print(g(3), sum(g.stats.cache_hits.values()))"]
+    command = [sys.executable, "-c", script]
     said = []
     for inner in ("x + 1", "x + 1", "x + 2"):
         (tmp_path / "inner.py").write_text(f"{head}@compiled()\ndef f(x):\n    return {inner}\n")
         said.append(subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split())
-    assert said == [["4", "0"], ["4", "1"], ["5", "0"]]
+    assert said == [2 * ["4", "0"], 2 * ["4", "1"], 2 * ["5", "0"]]

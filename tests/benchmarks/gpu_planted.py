@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/benchmarks/gpu_planted.py
 
-Prints a JSON object for each planted error: the verdicts ("ok") of its rows, before and after.
+Prints a JSON object for each planted error: the verdicts ("ok") of its rows, before and after; then that of
+gpu_launched.py, for which it would otherwise take another process.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import gpu_launched
 import torch
 
 from benchmarks.gpu_stages import exact
@@ -112,6 +114,7 @@ def main() -> None:
         before = verdicts(names)
         with patch.object(where, attribute, change(getattr(where, attribute))):
             print(json.dumps({"plant": name, "before": before, "with": verdicts(names)}), flush=True)
+    gpu_launched.main()
 
 
 if __name__ == "__main__":

@@ -104,21 +104,23 @@ def test_a_stage_that_cannot_start_is_a_row(tmp_path):
     assert row["ok"] is False and "ModuleNotFoundError" in row["failed"]
 
 
-def test_a_wrong_kernel_turns_its_row_red():
+@pytest.fixture(scope="module")
+def interpreted() -> list[dict]:
     pytest.importorskip("triton", reason="torch's CUDA builds bring triton; a CPU build does not")
     triton_kernels.run("interpreted_loop.py", TRITON_INTERPRET="1")  # skips where the interpreter can't
     lines = triton_kernels.run("benchmarks/gpu_planted.py", TRITON_INTERPRET="1")
-    found = [json.loads(line) for line in lines]
-    assert len(found) == 8
-    for plant in found:
+    return [json.loads(line) for line in lines]
+
+
+def test_a_wrong_kernel_turns_its_row_red(interpreted):
+    assert len(interpreted) == 8 + 1
+    for plant in interpreted[:8]:
         assert all(verdict is True for verdict in plant["before"]), plant
         assert False in plant["with"], plant
 
 
-def test_every_kernel_is_repeated_and_sanitized():
-    pytest.importorskip("triton", reason="torch's CUDA builds bring triton; a CPU build does not")
-    (line,) = triton_kernels.run("benchmarks/gpu_launched.py", TRITON_INTERPRET="1")
-    found = json.loads(line)
+def test_every_kernel_is_repeated_and_sanitized(interpreted):
+    found = interpreted[8]
     assert len(found["there"]) == 12 and found["there"] == found["launched"] == found["named"]
 
 
