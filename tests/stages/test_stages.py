@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killed import PATIENCE, wait_for_a_checkpoint
+from killed import wait_for_a_checkpoint
 from PIL import Image
 
 from lvssl.commands.main import main
