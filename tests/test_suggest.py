@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lvssl.commands.main import main
 from lvssl.commands.suggest import in_words, suited
-from lvssl.models.device import multiplies_bf16
+from lvssl.models.device import multiplies_bf16, note_if_slow
 from lvssl.plan import GIB
 from lvssl.runs.run import read_config
 from lvssl.settings.presets import command
+from lvssl.settings.pretrain import EngineSettings
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 
 
@@ -75,6 +77,17 @@ def test_bf16_on_a_cpu_that_converts_it_is_noted(digits, tmp_path, monkeypatch, 
     ):
         assert main([stage[0], str(tmp_path / "run"), *stage[1:], *given]) == 0
         assert capfd.readouterr().err.count(noted) == (not native), stage
+
+
+def test_a_gpu_that_is_left_out_is_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lvssl.models.device.GPU", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for asked, kind, noted in (("auto", "cpu", True), ("cpu", "cpu", False), ("auto", "cuda", False)):
+        note_if_slow(asked, EngineSettings(), torch.device(kind))
+        assert ("an NVIDIA GPU, which torch can't use" in capsys.readouterr().err) == noted, (asked, kind)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    note_if_slow("auto", EngineSettings(), torch.device("cpu"))
+    assert not capsys.readouterr().err
 
 
 def test_a_model_that_normalises_by_layer_gets_its_recipe():

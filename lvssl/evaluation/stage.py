@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lvssl.models.device import claim, encoding_precision, note_slow_bf16, pick_device, precision
+from lvssl.models.device import claim, encoding_precision, note_if_slow, pick_device, precision
 from lvssl.runs.identity import describe_set, other_set
 from lvssl.runs.labels import (
     LabelledDataset,
@@ -91,7 +91,7 @@ class Stage(Generic[Settings]):
         other work, or the same on other training images."""
         from_first(self.world, lambda: self._claim(describe_set(train.source)))
         if self.world.first:
-            note_slow_bf16(self.engine, self.device)
+            note_if_slow(self.settings.device, self.engine, self.device)
         return self.folder
 
     def _claim(self, data: dict[str, Any]) -> None:

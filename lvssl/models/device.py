@@ -15,6 +15,7 @@ from lvssl.settings.pretrain import EngineSettings
 from pipelines.errors import InputError
 
 OLDEST_TRITON = (3, 6)  # as in torch 2.11; the compiler of 3.2 aborts the process on some of our shapes
+GPU = Path("/dev/nvidia0")  # there once a driver has found a GPU, whatever torch makes of it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,8 +118,16 @@ def multiplies_bf16() -> bool | None:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
-def note_slow_bf16(engine: EngineSettings, device: torch.device) -> None:
-    """Print a note if a training in bf16 would be faster in fp32."""
-    if engine.precision == "bf16" and device.type == "cpu" and multiplies_bf16() is False:
+def note_if_slow(asked: str, engine: EngineSettings, device: torch.device) -> None:
+    """Print a note if a training on the CPU leaves out a GPU that `asked`, auto, would have taken, or would
+    be faster in fp32."""
+    if device.type != "cpu":
+        return
+    if asked == "auto" and GPU.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        said = "this machine has an NVIDIA GPU, which torch can't use"
+        print(
+            f"note: {said}: `lvssl doctor` says more; --device cpu leaves it out", file=sys.stderr, flush=True
+        )
+    if engine.precision == "bf16" and multiplies_bf16() is False:
         said = "this processor converts bf16 numbers, which takes 2 to 10 times as long as fp32"
         print(f"note: {said}: begin anew with --precision fp32", file=sys.stderr, flush=True)

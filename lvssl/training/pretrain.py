@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import torch
 
-from lvssl.models.device import claim, encoding_precision, note_slow_bf16, pick_device, precision
+from lvssl.models.device import claim, encoding_precision, note_if_slow, pick_device, precision
 from lvssl.models.inference import infer
 from lvssl.runs import checkpoint
 from lvssl.runs.identity import describe_set
@@ -114,7 +114,7 @@ def run(
             ranks = f"{world.size} ranks, " if world.size > 1 else ""
             print(f"pretrain {settings.out.name}: {ranks}on {device}, augmented by {form}", file=sys.stderr)
             print(describe_groups(trainer.network, settings.optimiser), file=sys.stderr, flush=True)
-            note_slow_bf16(settings.engine, device)
+            note_if_slow(settings.device, settings.engine, device)
         trainer.restore()
         trainer.train(stop)
         if not trainer.calibrated:
