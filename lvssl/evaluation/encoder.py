@@ -36,7 +36,10 @@ from lvssl.models.inference import Batches, in_batches
 from lvssl.runs.labels import names_of, readable, say_notes
 from lvssl.runs.run import Run
 from lvssl.settings.fields import beyond_defaults
+from pipelines.datasets.idx import is_idx
+from pipelines.datasets.parquet import files_in
 from pipelines.datasets.parts import files_of, is_by_name
+from pipelines.datasets.recognise import ending_in
 from pipelines.decode import DamagedSample, Reader, open_reader
 from pipelines.decode.images import ImageReader
 from pipelines.decode.on_cpu import TABLES_AND_TARS
@@ -303,7 +306,9 @@ def every_image(path: Path) -> Reader | None:
     try:
         return ImageReader(path, labelled=False)
     except InputError:
-        return None  # `open_reader` says so if there is nothing at all
+        if is_idx(path) or ending_in(path, ".tar") or files_in(path):
+            return None
+        raise
 
 
 def crops_of(

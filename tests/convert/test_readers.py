@@ -503,3 +503,11 @@ def test_names_of_files_may_be_in_capitals(tmp_path):
             path.rename(folder / path.name)
             assert open_dataset(str(folder)).read(0) == open_reader(folder).encoded(0, 0) == data, kind
             assert image_set(folder)[0].encoded(0, 0) == data, kind
+
+
+def test_files_below_a_folder_without_images_are_not_taken_for_images(tmp_path):
+    """`encode` takes every image below a folder; class folders, which it takes no notice of, may hold any."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/readme.txt").write_text("text")
+    with pytest.raises(InputError, match="contains no images"):
+        image_set(tmp_path)
