@@ -97,10 +97,11 @@ def _groups(tar: tars.Tar, index: Path) -> Iterator[list[tars.Member]]:
 def _members(line: str) -> list[tars.Member]:
     """Parse a line of an index, "extension offset size name" repeated; names may contain blanks, and
     extensions too: "b v1.0 c.jpg" has "0 c.jpg". Raises ValueError."""
-    found = _MEMBER.findall(line)
-    members = [tars.Member(name, int(at), int(size)) for _, at, size, name in found]
-    whole = " ".join(map(" ".join, found)) == line
-    if not whole or any(member.offset < tars.BLOCK for member in members):
+    members, end = list[tars.Member](), 0
+    while found := _MEMBER.match(line, end):
+        members.append(tars.Member(found[4], int(found[2]), int(found[3])))
+        end = found.end()
+    if not members or end < len(line) or any(member.offset < tars.BLOCK for member in members):
         raise ValueError(f"a line says {line[:60]!r}")
     return members
 

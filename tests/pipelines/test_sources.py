@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -227,7 +228,8 @@ def test_an_index_that_is_not_its_tars_is_refused(sources, tmp_path):
     tar, index = (sources["shards"] / f"images-000000.{end}" for end in ("tar", "idx"))
     assert "images-000000.tar: cut short" in damaged(tar.name, tar.read_bytes()[:5000])
     assert "isn't the index of" in damaged(index.name, index.with_name("images-000001.idx").read_bytes())
-    for text in (b"", b"v1.1 20\n", index.read_bytes()[:300], b"\xff\xfe"):
+    one_empty = re.sub(rb"\n.+", b"\n", index.read_bytes(), count=1)
+    for text in (b"", b"v1.1 20\n", index.read_bytes()[:300], b"\xff\xfe", one_empty):
         assert "images-000000.idx: not an index of DALI's version 1.2" in damaged(index.name, text)
     at = tar.read_bytes().index(b"00000007.cls") + 512
     content = bytearray(tar.read_bytes())
