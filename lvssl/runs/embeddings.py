@@ -100,7 +100,8 @@ def open_embeddings(path: Path, labelled: bool = True) -> Embeddings:
     """Open the embeddings of one file or folder (see above). Unless `labelled`, a .npy file or a folder needs
     no labels, which are then -1. InputError if something is missing or damaged, or the numbers of features
     and labels differ."""
-    beside = path / "labels.npy" if path.is_dir() else path.with_name(f"{path.stem}-labels{path.suffix}")
+    end = path.suffix if path.suffix.lower() == ".npy" else ".npy"
+    beside = path / "labels.npy" if path.is_dir() else path.with_name(f"{path.stem}-labels{end}")
     try:
         if path.suffix.lower() in (".safetensors", ".parquet"):
             features, labels = _converted(path)

@@ -76,6 +76,12 @@ def test_the_names_of_embeddings_may_end_in_capitals(kind, made, tmp_path):
         assert np.array_equal(train.features, made["train"][0]) and len(test.labels) == 300
 
 
+def test_an_array_whose_name_ends_otherwise_has_its_labels_in_an_npy(made, tmp_path):
+    write("npy", tmp_path, "test", *made["test"])
+    (tmp_path / "test.npy").rename(tmp_path / "test.f32")
+    assert np.array_equal(open_embeddings(tmp_path / "test.f32").labels, made["test"][1])
+
+
 def test_a_result_is_found_again_and_other_embeddings_are_told_apart(made, tmp_path, capsys):
     for split, (x, y) in made.items():
         write("npy", tmp_path, split, x, y)
