@@ -170,8 +170,10 @@ def require_result(path: Path, content: Any, **kinds: Any) -> None:
 
 def _of_figures(figures: Any) -> dict[str, Any]:
     """What is read of the figures of a representation: those of targets, or of classes."""
-    regressed = isinstance(figures, dict) and "targets" in figures
-    return {"targets": dict} if regressed else {"top1": float | int, "top1_interval": list}
+    if not isinstance(figures, dict) or "targets" not in figures:
+        return {"top1": float | int, "top1_interval": list}
+    targets, each = figures["targets"], dict.fromkeys(("r2", "mse", "mae"), float | int)
+    return {"targets": dict.fromkeys(targets, each) if isinstance(targets, dict) else dict}
 
 
 def read_json(path: Path) -> Any:

@@ -230,6 +230,8 @@ def of_stage(**results: object) -> str:
         (of_stage(code=3), "results.code: an object is expected, not int"),
         (of_stage(code={"top5": 3.0}), "results.code.top1: a number is expected, not NoneType"),
         (of_stage(code={"targets": "x"}), "results.code.targets: an object is expected, not str"),
+        (of_stage(code={"targets": {"age": 3}}), "results.code.targets.age: an object is expected, not int"),
+        (of_stage(code={"targets": {"age": {}}}), "targets.age.r2: a number is expected, not NoneType"),
     ],
 )
 def test_what_is_no_result_is_refused_in_one_line(tmp_path, content, said):
