@@ -35,6 +35,13 @@ def describe_set(source: Reader, order: str = "random", labelled: bool = True) -
     return told
 
 
+def same_images(one: Reader, other: Reader) -> bool:
+    """Whether two sets hold the same images, whatever their labels and formats, judging by the number of
+    images and SAMPLED of them; those that differ do so at the first, as a rule."""
+    rows = evenly_spaced(len(one), SAMPLED).tolist()
+    return len(one) == len(other) and all(_content(one, row) == _content(other, row) for row in rows)
+
+
 def other_set(stored: dict[str, Any], found: dict[str, Any]) -> str:
     """Describe how the set of `found` differs from that of `stored`; empty if they are the same."""
     if stored["images"] != found["images"]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lvssl.models.inference import BATCH
-from lvssl.runs.identity import describe_set
+from lvssl.runs.identity import same_images
 from lvssl.runs.progress import with_progress
 from pipelines.datasets.beton import stored_names
 from pipelines.datasets.dataset import by_name, numbers_alone
@@ -145,10 +145,8 @@ def say_notes(*sources: Reader) -> None:
 
 def say_if_same(train: Reader, test: Reader) -> None:
     """Print a note if the test images are the training images, whatever their formats."""
-    if len(train) == len(test):
-        one, other = (describe_set(source, labelled=False)["digest"] for source in (train, test))
-        if one == other:
-            print(f"note: {SAME}", file=sys.stderr, flush=True)
+    if same_images(train, test):
+        print(f"note: {SAME}", file=sys.stderr, flush=True)
 
 
 def open_labelled(

@@ -17,7 +17,8 @@ from lvssl.evaluation.linear import linear
 from lvssl.evaluation.nearest import knn
 from lvssl.evaluation.sets import labelled_pair
 from lvssl.evaluation.study import study
-from lvssl.runs.labels import open_labelled, readable
+from lvssl.runs.identity import SAMPLED, same_images
+from lvssl.runs.labels import Subset, open_labelled, readable
 from lvssl.runs.run import load_run
 from lvssl.settings.measure import StudySettings
 from lvssl.settings.pretrain import PRESETS
@@ -148,6 +149,22 @@ def test_test_images_that_are_the_training_images_are_noted(run, digits, tmp_pat
             with suppress(InputError):  # of the study, at its other images
                 measure()
             assert capsys.readouterr().err.count("the test images are the training images") == expected
+
+
+def test_other_images_are_told_by_the_first(digits):
+    """Large PNGs take half a second each, and nothing is printed meanwhile."""
+
+    class Counting(Subset):
+        reads = 0
+
+        def encoded(self, row, index):
+            Counting.reads += 1
+            return super().encoded(row, index)
+
+    source = open_reader(digits["train"])
+    one, other = (Counting(source, rows) for rows in (np.arange(1, 300), np.arange(299)))
+    assert same_images(one, one) and Counting.reads == 2 * SAMPLED
+    assert not same_images(one, other) and Counting.reads == 2 * SAMPLED + 2
 
 
 def test_what_takes_long_says_how_far_it_is(run, monkeypatch, capsys):
