@@ -1,6 +1,5 @@
 """Run a command so that the system's errors, a closed or full stdout among them, are one line at most."""
 
-import errno
 import io
 import os
 import select
@@ -10,7 +9,6 @@ from typing import TypeVar
 
 from pipelines.errors import in_words
 
-NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)  # errno of an OSError: repeating it wouldn't help
 CLOSED = 141  # exit status of a command whose reader has gone, as of one that SIGPIPE ends
 Arguments = TypeVar("Arguments")
 
@@ -36,7 +34,7 @@ def run(command: Callable[[Arguments], int | None], arguments: Arguments) -> int
         if closed:
             return CLOSED
         print(f"error: {in_words(error)}", file=sys.stderr)
-        return 2 if error.errno in NO_PERMISSION else 1
+        return 2 if isinstance(error, PermissionError) else 1  # repeating it wouldn't help
     return status
 
 

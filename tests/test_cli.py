@@ -315,7 +315,7 @@ def test_the_demo_runs_on_digits_and_leaves_what_it_promises(tmp_path, monkeypat
     (OSError(errno.EXDEV, "Invalid link", b"a", None, b"b"), 1, "a -> b: Invalid link"),
     (OSError(errno.EBADF, "Bad file descriptor", 7), 1, "Bad file descriptor"),
     (OSError(errno.EACCES, "Permission denied", "run"), 2, "run: Permission denied"),
-    (OSError(errno.EROFS, "Read-only file system", "run"), 2, "run: Read-only file system"),
+    (OSError(errno.EROFS, "Read-only file system", "run"), 1, "run: Read-only file system"),
 ])  # fmt: skip
 def test_what_the_system_refuses_is_a_line_with_the_files_name(error, status, said, capsys):
     def command(arguments):

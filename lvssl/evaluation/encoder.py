@@ -296,6 +296,8 @@ def image_set(path: Path) -> tuple[Reader, list[str]]:
         raise InputError(f"{path}: a single image; pass its folder, or use `search --query`")
     source = every_image(path) or open_reader(path)
     say_notes(source)
+    if isinstance(source, ImageReader) and path.is_dir() and source.split:
+        print(f"note: {path}: only its split {source.split} is read", file=sys.stderr, flush=True)
     return source, names_or_numbers(source, path)
 
 

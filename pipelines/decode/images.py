@@ -34,6 +34,7 @@ class ImageReader:
     Attributes:
         labels: int64 [N], all NO_LABEL if there are none. targets: {name: float64 [N]}. names: of the files.
         classes: class names, by label. notes: messages for the user, such as what is left out.
+        split: the one of a set's splits that was taken; None if it has none.
     """
 
     chunk = IN_CACHE
@@ -51,7 +52,7 @@ class ImageReader:
             opened = unlabelled_images(self.path)
         self.names, self.labels = opened.names, opened.labels
         self.classes: list[str] | None = list(opened.classes)
-        self.targets, self.notes = opened.targets, opened.notes
+        self.targets, self.notes, self.split = opened.targets, opened.notes, opened.split
         self._read, self._recent = opened.read, _Recent()
         self._heights = np.zeros(len(self.labels), np.int64)  # 0: not read yet
         self._widths = np.zeros(len(self.labels), np.int64)

@@ -11,6 +11,7 @@ from made_images import class_folders, encoded, pixels
 from made_sets import tar_of
 
 from lvssl.commands.main import main as lvssl
+from lvssl.evaluation.encoder import image_set
 from pipelines.convert.command import main
 from pipelines.convert.conversion import ConvertOptions, Settings, convert
 from pipelines.convert.inspect import inspect
@@ -294,7 +295,7 @@ def test_targets_have_names_of_any_length(tmp_path):
         *("plain_text/{}-0000{}-of-00002.parquet", "{}-0000{}-of-00002.parquet"),
     ],
 )
-def test_layouts_of_the_hub(tmp_path, file):
+def test_layouts_of_the_hub(tmp_path, capsys, file):
     for split, first in (("train", 0), ("test", 4)):
         for shard in (0, 1):
             row = first + shard
@@ -305,6 +306,7 @@ def test_layouts_of_the_hub(tmp_path, file):
     assert len({*opened.names}) == 2
     assert open_dataset(str(tmp_path), "test").read(1) == IMAGES[5]
     assert open_reader(tmp_path).labels.tolist() == [0, 1]
+    assert len(image_set(tmp_path)[0]) == 2 and "only its split train is read" in capsys.readouterr().err
 
 
 def test_several_sets_in_a_folder_are_refused(tmp_path):
