@@ -28,6 +28,7 @@ from lvssl.evaluation.encoder import (
     Searcher,
     centre_crop,
     code_path,
+    holds_codes,
     holds_many,
     image_set,
     in_words,
@@ -416,7 +417,7 @@ def opened(
 ) -> Opened:
     """Open any images that `Model.encode` accepts. Raises InputError, also while the batches are read."""
     if isinstance(images, str | Path) and holds_many(Path(images)):
-        if Path(images).suffix.lower() == ".lvcodes":
+        if holds_codes(Path(images)):
             raise InputError(f"{images}: holds codes, not images")
         source, names = image_set(Path(images))
         view = run.settings.view

@@ -1,8 +1,10 @@
 """Helpers for tests that stop a training midway."""
 
+import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from lvssl.runs import checkpoint
 
@@ -18,3 +20,16 @@ def wait_for_a_checkpoint(folder: Path, process: subprocess.Popen) -> None:
     while checkpoint.paths(folder / "checkpoints")[-1:] == before and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def interrupt_after(monkeypatch: Any, trainer: type, steps: int, number: int = signal.SIGTERM) -> None:
+    """The signal arrives in the middle of the trainer's step that is the `steps`-th from now."""
+    left, step = [steps], trainer.train_step
+
+    def counted(self, batch):
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(number)
+        return step(self, batch)
+
+    monkeypatch.setattr(trainer, "train_step", counted)

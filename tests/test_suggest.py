@@ -61,21 +61,12 @@ def test_bf16_on_a_cpu_that_converts_it_is_noted(digits, tmp_path, monkeypatch, 
     assert main(["pretrain", *options, *small]) == 0
     noted = "2 to 10 times as long as fp32: begin anew with --precision fp32"
     assert (noted in capfd.readouterr().err) != native
-    given = [
-        "--train",
-        str(digits["test"]),
-        "--test",
-        str(digits["test"]),
-        "--device",
-        "cpu",
-        "--epochs",
-        "1",
-    ]
+    given = ["--train", str(digits["test"]), "--test", str(digits["test"]), "--epochs", "1"]
     for stage in (
         ["finetune", "--min-steps", "0", "--lr", "0.1", "--weight-decay", "0"],
         ["linear", "--probe", "sgd"],
     ):
-        assert main([stage[0], str(tmp_path / "run"), *stage[1:], *given]) == 0
+        assert main([stage[0], str(tmp_path / "run"), *stage[1:], *given, "--device", "cpu"]) == 0
         assert capfd.readouterr().err.count(noted) == (not native), stage
 
 

@@ -22,6 +22,7 @@ from lvssl.evaluation.encoder import (
     code_path,
     code_writer,
     crops_of,
+    holds_codes,
     holds_many,
     identity,
     image_set,
@@ -212,7 +213,7 @@ def search(
     arithmetic of another device.
     """
     searcher = searcher or searcher_of(settings)
-    if settings.query.suffix.lower() != ".lvcodes":
+    if not holds_codes(settings.query):
         require_arithmetic(searcher.codes, searcher.run)
     for some in queries(searcher, settings):
         yield from zip(
@@ -245,7 +246,7 @@ def pictured(
     """
     on_error = run.reading(settings)
     database = Pictures(run, settings.images or run.settings.data, on_error)
-    many, coded = holds_many(settings.query), settings.query.suffix.lower() == ".lvcodes"
+    many, coded = holds_many(settings.query), holds_codes(settings.query)
     asked = Pictures(run, settings.query, on_error) if many and not coded else database
     for query, neighbours in found:
         if many:
@@ -297,7 +298,7 @@ def print_found(found: Iterable[tuple[Query, list[Neighbour]]]) -> None:
 def queries(searcher: Searcher, settings: SearchSettings) -> Iterator[Queries]:
     """Yield the queries in parts of about QUERIES, because each search reads the whole code file."""
     path, run = settings.query, searcher.run
-    if path.suffix.lower() == ".lvcodes":
+    if holds_codes(path):
         yield from queries_of(open_codes(path), searcher)
     elif holds_many(path):
         source, names = image_set(path)

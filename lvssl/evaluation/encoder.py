@@ -253,8 +253,13 @@ def require_arithmetic(index: CodeFile, run: Run) -> None:
 
 def holds_many(path: Path) -> bool:
     """Return whether a query is a set of images or their codes, rather than a single image."""
-    ends = (".lvcodes", ".beton", ".txt", *TABLES_AND_TARS)
-    return path.is_dir() or is_by_name(path) or path.suffix.lower() in ends
+    ends = (".beton", ".txt", *TABLES_AND_TARS)
+    return path.is_dir() or holds_codes(path) or is_by_name(path) or path.suffix.lower() in ends
+
+
+def holds_codes(path: Path) -> bool:
+    """Return whether a query is a file of codes, judging by its name."""
+    return path.suffix.lower() == ".lvcodes"
 
 
 def joined(parts: list[Queries]) -> Queries:

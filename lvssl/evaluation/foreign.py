@@ -20,7 +20,7 @@ from lvssl.models.device import claim, pick_device
 from lvssl.runs.embeddings import Embeddings, open_pair_of_embeddings
 from lvssl.runs.labels import SAME
 from lvssl.runs.progress import peak_memory
-from lvssl.runs.result import ResultFile
+from lvssl.runs.result import ResultFile, result_path
 from lvssl.settings.stages import KnnSettings, LinearSettings
 from pipelines.errors import InputError
 
@@ -37,9 +37,7 @@ def measure_embeddings(name: str, settings: KnnSettings | LinearSettings) -> tup
     train, test = open_pair_of_embeddings(settings.run, settings.train, settings.test)
     settings = replace(settings, train=train.path, test=test.path, on_error="raise")
     folder = settings.run if settings.run.is_dir() else settings.run.parent
-    path = settings.out or folder / f"{name}.json"
-    if path.suffix.lower() != ".json":
-        path = path / "result.json"
+    path = result_path(settings.out or folder / f"{name}.json")
     result = ResultFile(path, name, settings, f"{train.digest[:32]}{test.digest[:32]}")
     if (done := result.found()) is not None:
         return path, done

@@ -23,7 +23,7 @@ from lvssl.runs.labels import (
     sibling_test_set,
 )
 from lvssl.runs.progress import peak_memory
-from lvssl.runs.result import ResultFile, read_result
+from lvssl.runs.result import ResultFile, read_result, result_path
 from lvssl.runs.run import Run, load_run, require_classes_of, stored_set, training_set, versions
 from lvssl.settings.fields import identity
 from lvssl.settings.pretrain import EngineSettings
@@ -167,9 +167,7 @@ def prepare(name: str, settings: Settings, result: str) -> Stage[Settings]:
     settings = replace(
         settings, train=train, test=settings.test or sibling_test_set(train), on_error=run.reading(settings)
     )
-    path = settings.out or settings.run / result
-    if path.suffix.lower() != ".json":
-        path = path / "result.json"
+    path = result_path(settings.out or settings.run / result)
     stage = Stage(name, settings, run, path, None, device, world)
     if isinstance(settings, TrainingSettings):  # otherwise the encoder keeps the run's own precision
         run.network.precision = encoding_precision(stage.engine, device)

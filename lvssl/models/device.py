@@ -124,10 +124,8 @@ def note_if_slow(asked: str, engine: EngineSettings, device: torch.device) -> No
     if device.type != "cpu":
         return
     if asked == "auto" and GPU.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        said = "this machine has an NVIDIA GPU, which torch can't use"
-        print(
-            f"note: {said}: `lvssl doctor` says more; --device cpu leaves it out", file=sys.stderr, flush=True
-        )
+        said = "this machine has an NVIDIA GPU, which torch can't use (built for CPUs? an old driver?)"
+        print(f"note: {said}; --device cpu leaves it out", file=sys.stderr, flush=True)
     if engine.precision == "bf16" and multiplies_bf16() is False:
         said = "this processor converts bf16 numbers, which takes 2 to 10 times as long as fp32"
         print(f"note: {said}: begin anew with --precision fp32", file=sys.stderr, flush=True)

@@ -176,6 +176,11 @@ def _of_figures(figures: Any) -> dict[str, Any]:
     return {"targets": dict.fromkeys(targets, each) if isinstance(targets, dict) else dict}
 
 
+def result_path(out: Path) -> Path:
+    """Return the file of a result that is to go to `out`: a .json, or else a folder for result.json."""
+    return out if out.suffix.lower() == ".json" else out / "result.json"
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file that a command has written. InputError if it is damaged."""
     try:

@@ -30,7 +30,7 @@ from pipelines.datasets.idx import is_idx, open_idx
 from pipelines.datasets.imagenet import in_order_of, remarks
 from pipelines.datasets.named import open_sklearn, open_torchvision
 from pipelines.datasets.parts import parts_of
-from pipelines.datasets.recognise import UNLABELLED, ending_in, in_short, left_by_a_system
+from pipelines.datasets.recognise import UNLABELLED, ending_in, in_short
 from pipelines.errors import InputError
 from pipelines.formats.beton import NO_LABEL
 from pipelines.formats.jpeg import LFS, LFS_HINT
@@ -84,8 +84,7 @@ def _open(source: str, split: str | None, root: Path, devkit: Path | None, colum
     if is_idx(path):
         return open_idx(path, split)
     # Tars come first: ours may have a parquet file, with the rows of their manifest, next to them.
-    loose = [each for each in ending_in(path, ".tar") if not left_by_a_system(each.name)]
-    if shards := tars.of_imagenet(path, split) or loose:
+    if shards := tars.of_imagenet(path, split) or ending_in(path, ".tar"):
         return _and_beside(path, tars.open_tars(source, _fetched(shards), split, devkit, columns))
     if files := parquet.files_in(path):
         return _and_beside(path, parquet.open_tables(path, _fetched(files), split, columns, path), files)

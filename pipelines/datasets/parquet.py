@@ -71,8 +71,7 @@ def _tables(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         if not any(each.name.lower().endswith(ENDS) for each in islice(entries, ENTRIES)):
             return []
-    found = ending_in(folder, *ENDS)
-    return [path for path in found if not left_by_a_system(path.name) and not path.name.startswith("cache-")]
+    return [path for path in ending_in(folder, *ENDS) if not path.name.startswith("cache-")]
 
 
 def open_tables(

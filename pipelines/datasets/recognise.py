@@ -45,8 +45,9 @@ def has_image_name(name: str) -> bool:
 
 
 def ending_in(folder: Path, *ends: str) -> list[Path]:
-    """The files of a folder whose names end so, in any case, sorted."""
-    return sorted(folder / name for name in os.listdir(folder) if name.lower().endswith(ends))
+    """The files of a folder whose names end so, in any case, but those left by a system; sorted."""
+    named = (name for name in os.listdir(folder) if name.lower().endswith(ends))
+    return sorted(folder / name for name in named if not left_by_a_system(name))
 
 
 def is_image(head: bytes) -> bool:

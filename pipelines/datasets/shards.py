@@ -36,10 +36,10 @@ def open_shards(path: Path) -> Dataset | None:
     Raises:
         InputError: an index can't be read or isn't its tar's, a tar is cut short, or an image has no class.
     """
-    shards = ending_in(path, ".tar") if path.is_dir() else parts_of(path)
-    shards = [shard for shard in shards if not left_by_a_system(shard.name)]
     split, notes = None, list[str]()
-    if path.is_dir() and shards:
+    if not path.is_dir():
+        shards = [shard for shard in parts_of(path) if not left_by_a_system(shard.name)]
+    elif shards := ending_in(path, ".tar"):
         shards, split, notes = files_of_split(path, shards, None)
     if not shards or not all(s.suffix.lower() == ".tar" and s.with_suffix(".idx").is_file() for s in shards):
         return None

@@ -152,16 +152,14 @@ def _read(path: Path, wanted: Collection[str] | None) -> tuple[dict[str, Any], d
                 raise ValueError("a row of it has another number of values than there are columns")
         if count != manifest["count"]:
             raise ValueError("it has another number of rows than images")
-        require_kinds(path, manifest)
-        return manifest, found
-    except InputError:
-        raise
     except OSError as error:
         raise InputError(f"{path}: the manifest cannot be read ({error.strerror or error})") from error
     except Exception as error:  # not JSON, not a manifest, or a damaged Parquet file
         raise InputError(
             f"{path}: not a manifest of a conversion, or damaged ({first_line(error)})"
         ) from error
+    require_kinds(path, manifest)
+    return manifest, found
 
 
 def _write_parquet(file: IO[bytes], chunks: Iterator[Samples]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killed import wait_for_a_checkpoint
+from killed import interrupt_after, wait_for_a_checkpoint
 from PIL import Image
 
 from lvssl.commands.main import main
@@ -195,7 +195,7 @@ def test_finetuning_computes_in_the_precision_asked_for_and_goes_on_in_it(run, m
     settings = FinetuneSettings(run, precision=precision, **options)
     finetune(dataclasses.replace(settings, out=run / "whole"))
     assert set(seen) == {dtype}
-    interrupt_after(monkeypatch, 3)
+    interrupt_after(monkeypatch, supervised.SupervisedTrainer, 3)
     with pytest.raises(Interrupted):
         finetune(dataclasses.replace(settings, out=run / "broken"))
     assert (
@@ -203,19 +203,6 @@ def test_finetuning_computes_in_the_precision_asked_for_and_goes_on_in_it(run, m
     )
     finetune(dataclasses.replace(settings, out=run / "broken"))
     assert_same(run / "whole" / "final", run / "broken" / "final")
-
-
-def interrupt_after(monkeypatch, steps: int, signum: signal.Signals = signal.SIGTERM) -> None:
-    """The signal arrives in the middle of the training step that is the `steps`-th from now."""
-    left, step = [steps], supervised.SupervisedTrainer.train_step
-
-    def counted(self, batch):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signum)
-        return step(self, batch)
-
-    monkeypatch.setattr(supervised.SupervisedTrainer, "train_step", counted)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -243,7 +230,7 @@ def test_interrupted_and_resumed_a_stage_is_the_undisturbed_one(run, tmp_path, m
     expected = finetune(whole)
     for steps in (3, 7, 9):  # in the first trial, in the second, in the last training
         with monkeypatch.context() as patch:
-            interrupt_after(patch, steps)
+            interrupt_after(patch, supervised.SupervisedTrainer, steps)
             with pytest.raises(Interrupted, match="SIGTERM: stopped at step"):
                 finetune(parts)
     found = finetune(parts)
@@ -283,7 +270,7 @@ def test_killed_at_any_moment_linear_ends_as_the_undisturbed_one(run, tmp_path):
 
 
 def test_a_stage_that_is_told_to_stop_saves_and_ends_with_143(run, monkeypatch, capsys):
-    interrupt_after(monkeypatch, 2, signal.SIGUSR2)
+    interrupt_after(monkeypatch, supervised.SupervisedTrainer, 2, signal.SIGUSR2)
     assert main(["finetune", str(run), "--epochs", "500", "--lr", "0.01", "0.1"]) == 143
     assert "SIGUSR2: stopped at step 2" in capsys.readouterr().err
     assert checkpoint.load_latest(run / "finetune-1.0/trial-0/checkpoints")[1]["step"] == 2
@@ -306,12 +293,12 @@ def test_work_under_other_settings_is_not_gone_on_with(run, monkeypatch):
         run, min_steps=0, label_fraction=0.1, epochs=2, lr=(0.05,), weight_decay=(0.0,)
     )
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 1)
+        interrupt_after(patch, supervised.SupervisedTrainer, 1)
         with pytest.raises(Interrupted):
             finetune(settings)
     two, record = dataclasses.replace(settings, lr=(0.05, 0.1), out=run / "two"), run / "two" / "trials.json"
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 1)
+        interrupt_after(patch, supervised.SupervisedTrainer, 1)
         with pytest.raises(Interrupted):
             finetune(two)
     for damaged in ("[{", "{}", '[{"lr": 0.05}]', "[3]"):

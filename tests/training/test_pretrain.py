@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from devices import on_cpu_and_gpu
-from killed import PATIENCE, wait_for_a_checkpoint
+from killed import PATIENCE, interrupt_after, wait_for_a_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lvssl.commands.main import main
@@ -158,14 +158,7 @@ def test_sigterm_saves_and_ends(digits, tmp_path):
 
 def test_sigterm_ends_a_study_as_the_training_that_it_is_in(digits, tmp_path, monkeypatch, capsys):
     """By the same handler as in a process of its own, which takes seconds to begin."""
-    step_of = Trainer.train_step
-
-    def counted(trainer, batch):
-        if trainer.step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return step_of(trainer, batch)
-
-    monkeypatch.setattr(Trainer, "train_step", counted)
+    interrupt_after(monkeypatch, Trainer, 3)
     options = ["--train", digits["train"], "--test", digits["test"], "--out", tmp_path]
     assert main(["study", *LONG, *map(str, options), "--arms=none", "--seeds=0"]) == 143
     assert [path.stem for path in checkpoint.paths(tmp_path / "none-s0/checkpoints")] == ["step-000000003"]
